@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ MASKS = [
     (re.compile(r"\b[0-9a-f]{8,}(?:-[0-9a-f]{4,}){0,4}\b"), "<hex>"),
     (re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"), "<time>"),
     (re.compile(r"\b\d\d:\d\d:\d\d(?:\.\d+)?\b"), "<time>"),
+    (re.compile(r"datetime\.datetime\((?:\d+, )+\d+"), "datetime.datetime(<time>"),
     (re.compile(r"0x[0-9a-fA-F]+"), "<address>"),
     (re.compile(r"(?:/[\w.+@~-]+){2,}/?"), "<path>"),
     (re.compile(r"\b\d+(?:\.\d+)?(?:e-?\d+)? ?(?:ns|µs|us|ms|s|seconds|MB|kB|KB|GB|GiB|MiB)\b"), "<measured>"),
@@ -130,9 +132,16 @@ def clean_outputs(notebook: Any) -> None:
 def execute(path: Path) -> tuple[Any, float, str]:
     """Run one notebook; returns (notebook with outputs, seconds, error or empty)."""
     notebook = nbformat.read(path, as_version=4)
-    env = dict(os.environ, IN_TEST="1", MLFLOW_DISABLE_TELEMETRY="true", PYDEVD_DISABLE_FILE_VALIDATION="1")
-    env.pop("MLWB_WORKSPACE", None)
-    client = NotebookClient(notebook, timeout=SECONDS_CAP, kernel_name="python3", resources={"metadata": {"path": path.parent}})
+    leaks = ("MLWB_", "MLFLOW_")  # a surrounding workspace or tracking server is none of the lesson's business
+    env = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
+    env |= {"IN_TEST": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS_CAP,
+        kernel_name="python3",
+        extra_arguments=["--log-level=40"],  # the kernel's own warnings are not about the notebook
+        resources={"metadata": {"path": path.parent}},
+    )
     start = time.perf_counter()
     error = ""
     try:
@@ -160,26 +169,47 @@ def check(path: Path, update: bool, compare: bool) -> tuple[Path, float, list[st
     return path, seconds, problems
 
 
+@dataclass
+class Outcome:
+    "Which notebooks ran as they should, which did not, and the seconds of each."
+
+    passed: list[Path] = field(default_factory=list)
+    failed: list[Path] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        times = (
+            f"; median {statistics.median(self.seconds):.1f} s, slowest {max(self.seconds):.1f} s"
+            if self.seconds
+            else ""
+        )
+        return f"notebooks: {len(self.passed)} ran, {len(self.failed)} did not{times}"
+
+
+def run(paths: list[Path], update: bool = False, jobs: int = 2) -> Outcome:
+    """Run `paths`, a few at a time, and print a line for each as it ends."""
+    compare = sys.version_info[:2] == (3, 11)  # other versions word some messages differently
+    outcome = Outcome()
+    with ThreadPoolExecutor(jobs) as pool:
+        for path, seconds, problems in pool.map(lambda p: check(p, update, compare), paths):
+            outcome.seconds.append(seconds)
+            (outcome.failed if problems else outcome.passed).append(path)
+            slow = "  (slow)" if seconds > SECONDS_AIM else ""
+            print(f"{'FAIL' if problems else 'ok':4} {seconds:6.1f} s  {path.relative_to(ROOT)}{slow}", flush=True)
+            for problem in problems:
+                print("     " + problem.replace("\n", "\n     "), flush=True)
+    print(outcome, flush=True)
+    return outcome
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--update", action="store_true", help="store the fresh outputs")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    compare = sys.version_info[:2] == (3, 11)
-    paths = [p.resolve() for p in args.notebooks] or lesson_notebooks()
-    failed, times = [], []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for path, seconds, problems in pool.map(lambda p: check(p, args.update, compare), paths):
-            times.append(seconds)
-            slow = "  (slow)" if seconds > SECONDS_AIM else ""
-            print(f"{'FAIL' if problems else 'ok':4} {seconds:6.1f} s  {path.relative_to(ROOT)}{slow}", flush=True)
-            for problem in problems:
-                print("     " + problem.replace("\n", "\n     "), flush=True)
-            if problems:
-                failed.append(path)
-    print(f"{len(paths) - len(failed)} passed, {len(failed)} failed; median {statistics.median(times):.1f} s, slowest {max(times):.1f} s")
-    return 1 if failed else 0
+    outcome = run([p.resolve() for p in args.notebooks] or lesson_notebooks(), args.update, args.jobs)
+    return 1 if outcome.failed else 0
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['events_metadata', 'events_table', 'bodies_table', 'heads_table', 'EventStore', 'events_frame']
+__all__ = ['events_metadata', 'events_table', 'bodies_table', 'heads_table', 'checkpoints_table', 'EventStore', 'events_frame']
 
-# %% ../../nbs/api/workspace/events.ipynb #b0369c40
+# %% ../../nbs/api/workspace/events.ipynb #5eb96a6d
 events_metadata = MetaData()
 _text = Text().with_variant(Text(collation="C"), "postgresql")  # compare bytes, not words: the same order everywhere
 _number = BigInteger().with_variant(Integer, "sqlite")
@@ -89,6 +89,13 @@ heads_table = Table(
     Column("seq", _number, nullable=False),
     Column("digest", _text, nullable=False),
     Column("recorded_at", _text),
+)
+checkpoints_table = Table(
+    "fold_checkpoints",
+    events_metadata,
+    *(Column(name, _text, primary_key=True) for name in ("fold", "version")),
+    Column("seq", _number, primary_key=True, autoincrement=False),
+    *(Column(name, _text, nullable=False) for name in ("digest", "state")),
 )
 
 # %% ../../nbs/api/workspace/events.ipynb #178b1eef
@@ -325,7 +332,7 @@ class EventStore:
             head["seq"], head["digest"], parse_timestamp(head["recorded_at"]) if head["recorded_at"] else None
         )
 
-# %% ../../nbs/api/workspace/events.ipynb #021c81e6
+# %% ../../nbs/api/workspace/events.ipynb #981e8613
 def _joined() -> Select[Any]:
     "Headers with their bodies, where those still exist."
     joined = events_table.outerjoin(bodies_table, events_table.c.id == bodies_table.c.id)

@@ -56,8 +56,8 @@ _FLOAT = re.compile(
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT.pattern})$"), list("-+0123456789."))
 
-# %% ../../nbs/api/pipelines/documents.ipynb #95c46f61
-_MARKED = re.compile(r"\$\{([^{}\n]*)\}")
+# %% ../../nbs/api/pipelines/documents.ipynb #e6e03ce6
+_MARKED = re.compile(r"\$\{([\w. -]*)\}")
 
 
 def _hide(text: str) -> str:

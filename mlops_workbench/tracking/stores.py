@@ -249,13 +249,14 @@ def _clean(items: Iterable[Any] | None) -> list[Any]:
     redact = workspace_redactor()
     return [type(i)(redact.text(i.key), str(redact.value(i.value, i.key))) for i in items or []]
 
-# %% ../../nbs/api/tracking/stores.ipynb #8a19ab3d
+# %% ../../nbs/api/tracking/stores.ipynb #2d9389d0
 _connected: dict[str, StoreAddress] = {}
 _plain_builders: dict[str, Callable[..., Any]] = {}
 _connecting = threading.RLock()
 _CALM = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -305,7 +306,7 @@ class _AfterImport(MetaPathFinder):
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
-# %% ../../nbs/api/tracking/stores.ipynb #30ce3ddb
+# %% ../../nbs/api/tracking/stores.ipynb #e863eb52
 def _register() -> None:
     "Take over the building of stores from MLflow's registry; once per process."
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry as registry
@@ -366,5 +367,7 @@ def _forget_connections() -> None:
     "In a forked child: the parent's database connections must not be used."
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    for engine in SqlAlchemyStore._engine_map.values():
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
+
+    for engine in [*SqlAlchemyStore._engine_map.values(), *RegistryStore._engine_map.values()]:
         engine.dispose(close=False)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ['Reason', 'Row', 'Fault', 'Verification', 'check_chain', 'verify', 'redact', 'to_cloudevent', 'export_events',
            'verify_export']
 
-# %% ../../nbs/api/workspace/audit.ipynb #fe0797e5
+# %% ../../nbs/api/workspace/audit.ipynb #36ec9f31
 Reason = Literal["edited header", "edited body", "dropped", "reordered", "forked", "replaced", "truncated"]
 
 
@@ -89,7 +89,7 @@ class Verification:
 
     def __str__(self) -> str:
         if self.first_bad is not None:
-            return f"NOT OK at event {self.first_bad.seq}: {self.first_bad.reason}. {self.first_bad.detail} ({self.events} events before it hold)"
+            return f"NOT OK at event {self.first_bad.seq}: {self.first_bad.reason}. {self.first_bad.detail} ({self.events} before it hold)"
         notes = [f"{self.redacted} redacted"] if self.redacted else []
         notes += [f"{len(self.unrecorded)} of them without a record of it"] if self.unrecorded else []
         notes += [f"{self.withheld} bodies withheld"] if self.withheld else []
@@ -141,7 +141,7 @@ def check_chain(
             return result(Fault(last["seq"] + 1, None, "truncated", detail))
     return result(None)
 
-# %% ../../nbs/api/workspace/audit.ipynb #e555fa69
+# %% ../../nbs/api/workspace/audit.ipynb #ced54053
 def _seals(row: Row, **changes: Any) -> bool:
     "Whether the header gives the stored digest. A header that cannot even be written down does not."
     try:
@@ -153,7 +153,7 @@ def _seals(row: Row, **changes: Any) -> bool:
 
 def _header_fault(row: Row, last: Row, source: Callable[[], Iterable[Row]]) -> Fault | None:
     "What is wrong with a header, given the one before it."
-    seq, id, expected = row.get("seq"), row.get("id"), last["seq"] + 1
+    seq, id, expected = row["seq"], row.get("id"), last["seq"] + 1
     if seq != expected:
         if seq < expected or any(other.get("seq") == expected for other in source()):
             return Fault(expected, id, "reordered", f"In its place stands event {seq}.")

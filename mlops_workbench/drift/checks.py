@@ -16,11 +16,11 @@ from .grids import ColumnGrid
 from .profiles import ColumnProfile, Profile
 
 # %% auto #0
-__all__ = ['CHECKS', 'Finding', 'proportions_p', 'all_current_p', 'missing_of', 'check_missing', 'check_infinite',
+__all__ = ['CHECKS', 'LEAST_SHARE', 'Finding', 'proportions_p', 'all_current_p', 'missing_of', 'check_missing', 'check_infinite',
            'check_categories', 'check_range', 'check_constant', 'check_schema', 'check_volume', 'adjusted',
            'run_checks']
 
-# %% ../../nbs/api/drift/checks.ipynb #5ec78a48
+# %% ../../nbs/api/drift/checks.ipynb #62c9b647
 CHECKS = ("columns", "type", "missing", "infinite", "new", "lost", "range", "constant", "volume")
 
 
@@ -33,6 +33,7 @@ class Finding:
     message: str
     alarm: bool  # needs a person; otherwise it is a note
     p_value: float | None = None  # chance of this when nothing changed; None: not a matter of chance
+    share: float = 1.0  # the share of rows that it concerns, or by which a share changed
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +73,7 @@ def all_current_p(
     )
     return float(np.exp(min(logarithm, 0.0)))
 
-# %% ../../nbs/api/drift/checks.ipynb #0f09a54b
+# %% ../../nbs/api/drift/checks.ipynb #2d22f203
 def _share(x: float) -> str:
     return f"{100 * x:.3g} %"
 
@@ -92,7 +93,9 @@ def check_missing(name: str, reference: Profile, current: Profile) -> Iterator[F
     if a or b:
         before, now = a / reference.rows, b / current.rows
         message = f"{_share(now)} of the values are missing, {_share(before)} in the reference"
-        yield Finding(name, "missing", message, False, proportions_p(a, reference.rows, b, current.rows))
+        yield Finding(
+            name, "missing", message, False, proportions_p(a, reference.rows, b, current.rows), abs(now - before)
+        )
 
 
 def check_infinite(name: str, reference: ColumnProfile, current: ColumnProfile) -> Iterator[Finding]:
@@ -101,7 +104,7 @@ def check_infinite(name: str, reference: ColumnProfile, current: ColumnProfile) 
     if infinite and not reference.positive_infinite + reference.negative_infinite:
         yield Finding(name, "infinite", f"{infinite:,} values are infinite, none in the reference", True)
 
-# %% ../../nbs/api/drift/checks.ipynb #3ee30c19
+# %% ../../nbs/api/drift/checks.ipynb #0d0f017a
 def check_categories(
     name: str, grid: ColumnGrid, reference: ColumnProfile, current: ColumnProfile
 ) -> Iterator[Finding]:
@@ -112,7 +115,7 @@ def check_categories(
         names = [repr(k) for k in list(current.new)[:3]] + (["…"] if len(current.new) > 3 else [])
         message = f"{new:,} of {m:,} rows have categories that the reference did not have: {', '.join(names)}"
         once = int((reference.counts == 1).sum())
-        yield Finding(name, "new", message, False, float(stats.hypergeom.sf(new - 1, n + m, new + once, m)))
+        yield Finding(name, "new", message, False, float(stats.hypergeom.sf(new - 1, n + m, new + once, m)), new / m)
     listed = reference.counts[:-1] > 0
     gone = (current.counts[:-1] == 0) & listed
     if gone.any() and m:
@@ -120,9 +123,11 @@ def check_categories(
         where = np.flatnonzero(gone)[np.argsort(chance)][:3]
         seen = [f"{grid.categories[i]!r} ({_share(reference.counts[i] / n)})" for i in where]
         message = f"categories of the reference are gone: {', '.join(seen)}{' …' if gone.sum() > 3 else ''}"
-        yield Finding(name, "lost", message, False, min(min(chance) * int(listed.sum()), 1.0))
+        yield Finding(
+            name, "lost", message, False, min(min(chance) * int(listed.sum()), 1.0), reference.counts[where[0]] / n
+        )
 
-# %% ../../nbs/api/drift/checks.ipynb #e1733425
+# %% ../../nbs/api/drift/checks.ipynb #b53973a5
 def check_range(name: str, grid: ColumnGrid, reference: ColumnProfile, current: ColumnProfile) -> Iterator[Finding]:
     "Values below the smallest or above the largest value of the reference."
     low, high = reference.moments.minimum, reference.moments.maximum
@@ -134,7 +139,9 @@ def check_range(name: str, grid: ColumnGrid, reference: ColumnProfile, current: 
     p = min(2 * min(all_current_p(below, n, m), all_current_p(above, n, m)), 1.0)
     far = max(low - now.minimum, now.maximum - high) > max(high - low, 1e-300)
     message = f"{below + above:,} of {m:,} values are outside of the reference's range {_range(grid, low, high)}; they reach {_range(grid, now.minimum, now.maximum)}"
-    yield Finding(name, "range", message + (", more than a whole range beyond" if far else ""), False, p)
+    yield Finding(
+        name, "range", message + (", more than a whole range beyond" if far else ""), False, p, (below + above) / m
+    )
 
 
 def _range(grid: ColumnGrid, low: float, high: float) -> str:
@@ -153,7 +160,7 @@ def check_constant(name: str, reference: ColumnProfile, current: ColumnProfile) 
     if current.binned >= 20 and single(current) and not single(reference):
         yield Finding(name, "constant", f"all {current.binned:,} values are the same; the reference varies", True)
 
-# %% ../../nbs/api/drift/checks.ipynb #de3c5ed5
+# %% ../../nbs/api/drift/checks.ipynb #9390d38f
 def check_schema(reference: Profile, current: Profile) -> Iterator[Finding]:
     "Columns removed, added, and of another type."
     for name, was in reference.columns.items():
@@ -165,9 +172,10 @@ def check_schema(reference: Profile, current: Profile) -> Iterator[Finding]:
                 yield Finding(name, "type", f"the reference had no values here; now they are of type {now.kind}", False)
             else:
                 yield Finding(name, "type", f"the column was of type {was.kind} and is now {now.kind}", True)
-    for name, kind in current.added.items():
-        if name not in reference.added:
-            yield Finding(name, "columns", f"the column is new ({kind})", False)
+    added = [name for name in current.added if name not in reference.added]
+    if added:
+        names = ", ".join(added[:5]) + (" …" if len(added) > 5 else "")
+        yield Finding("", "columns", f"{len(added)} column{'s are' if len(added) > 1 else ' is'} new: {names}", False)
 
 
 def check_volume(current: Profile, expected: tuple[int, int] | None) -> Iterator[Finding]:
@@ -175,7 +183,10 @@ def check_volume(current: Profile, expected: tuple[int, int] | None) -> Iterator
     if expected and not expected[0] <= current.rows <= expected[1]:
         yield Finding("", "volume", f"{current.rows:,} rows; expected were {expected[0]:,} to {expected[1]:,}", True)
 
-# %% ../../nbs/api/drift/checks.ipynb #a0c5bb87
+# %% ../../nbs/api/drift/checks.ipynb #dfd0098f
+LEAST_SHARE = 0.001
+
+
 def adjusted(
     p_values: list[float],  # p-values of one family of tests
 ) -> list[float]:  # in the same order: the smallest false discovery rate at which each is significant
@@ -188,6 +199,7 @@ def run_checks(
     current: Profile,  # on the same grid
     level: float = 0.01,  # false discovery rate over all checks of all columns
     expected_rows: tuple[int, int] | None = None,  # fewest and most rows that a window should have
+    least: float = LEAST_SHARE,  # what concerns a smaller share of the rows is a note, however certain it is
 ) -> tuple[Finding, ...]:  # alarms first
     "Run every check on every column."
     found = [*check_schema(reference, current), *check_volume(current, expected_rows)]
@@ -205,7 +217,7 @@ def run_checks(
             found += more
     by_chance = [i for i, f in enumerate(found) if f.p_value is not None]
     family = adjusted([found[i].p_value or 0.0 for i in by_chance] + [1.0] * silent)
-    for i, q in zip(by_chance, family, strict=False):
-        found[i] = replace(found[i], alarm=q <= level)
-    kept = [f for f in found if f.alarm or f.p_value is None or "whole range beyond" in f.message]
+    certain = {i for i, q in zip(by_chance, family, strict=False) if q <= level}
+    kept = [replace(f, alarm=f.share >= least) if i in certain else f for i, f in enumerate(found)]
+    kept = [f for i, f in enumerate(kept) if i in certain or f.p_value is None or "whole range beyond" in f.message]
     return tuple(sorted(kept, key=lambda f: not f.alarm))

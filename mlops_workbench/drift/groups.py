@@ -29,7 +29,7 @@ def group_number(
     least = max(min(n, m), 1)
     return max(2, min(math.floor(least**0.4), math.floor(least / LEAST_EXPECTED)))
 
-# %% ../../nbs/api/drift/groups.ipynb #97d12086
+# %% ../../nbs/api/drift/groups.ipynb #8aec696d
 def ordered_groups(
     reference: np.ndarray,  # counts per bin, in order
     current: np.ndarray,  # counts per bin, on the same grid
@@ -38,7 +38,9 @@ def ordered_groups(
     n, m = int(reference.sum()), int(current.sum())
     number = group_number(n, m)
     middle = (np.cumsum(reference) - reference / 2) / max(n, 1)
-    group = np.unique(np.minimum((middle * number).astype(int), number - 1), return_inverse=True)[1]
+    inner = np.minimum((middle * number).astype(int), number - 1) + 1
+    inner[0], inner[-1] = 0, number + 1
+    group = np.unique(inner, return_inverse=True)[1]
     pooled = np.bincount(group, weights=reference + current)
     least = LEAST_EXPECTED * (n + m) / max(min(n, m), 1)
     while len(pooled) > 2 and pooled.min() < least:

@@ -64,7 +64,7 @@ def _value(node: yaml.Node, where: str) -> Any:
         raise _fail("this value is binary", where, node, "write text or a number")
     return value.isoformat().replace("+00:00", "Z") if isinstance(value, (date, datetime)) else value
 
-# %% ../../nbs/api/data/contract_files.ipynb #b662c80f
+# %% ../../nbs/api/data/contract_files.ipynb #0ea52eff
 _TOP = ("format", "name", "owner", "description", "table", "columns")
 
 
@@ -112,7 +112,8 @@ def parse_contract(
     try:
         return Contract(words["name"], columns, table, words.get("owner"), words.get("description", ""))
     except ContractError as e:
-        raise _fail(e.what, where, top["table"] if "table" in top else root, e.fix, **e.facts) from None
+        rules = _mapping(top["table"], where, "table") if "table" in top else {}
+        raise _fail(e.what, where, rules.get(e.facts.get("rule", ""), top["columns"]), e.fix, **e.facts) from None
 
 
 def _text(node: yaml.Node, where: str, key: str) -> str:

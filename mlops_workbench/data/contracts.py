@@ -48,7 +48,7 @@ def parse_age(
     except OverflowError:
         raise ContractError(f"{text!r} is too long a time", fix="such as '2 weeks'") from None
 
-# %% ../../nbs/api/data/contracts.ipynb #24a1414c
+# %% ../../nbs/api/data/contracts.ipynb #a5000825
 _ORDERED = ("integer", "number", "datetime", "date")
 _FITS = {
     "min": _ORDERED, "max": _ORDERED, "categories": ("string", "integer", "number"),
@@ -77,15 +77,16 @@ class ColumnRules:
 
     def to_dict(self) -> dict[str, Any]:
         "The rules that say something, as JSON types."
-        shown = {name: getattr(self, name) for name in COLUMN_KEYS if getattr(self, name) not in (None, "", False)}
-        shown["max_missing"] = self.max_missing
-        if self.required:
-            shown.pop("required")
-        else:
-            shown["required"] = False
-        if self.categories is not None:
-            shown["categories"] = list(self.categories)
-        return shown
+        usual = {name: spec.default for name, spec in self.__dataclass_fields__.items()}
+        said = [name for name in COLUMN_KEYS if name in ("type", "max_missing") or getattr(self, name) != usual[name]]
+        return {name: _plain(getattr(self, name)) for name in said}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole else value  # 0.0 and 0 are one promise, with one digest
 
 
 COLUMN_KEYS = (
@@ -101,7 +102,7 @@ COLUMN_KEYS = (
     "pattern",
 )
 
-# %% ../../nbs/api/data/contracts.ipynb #371ec238
+# %% ../../nbs/api/data/contracts.ipynb #9a1359ac
 def check_rules(
     rules: ColumnRules,  # as written
 ) -> None:
@@ -111,7 +112,7 @@ def check_rules(
             f"{rules.type!r} is not a type", fix=did_you_mean(str(rules.type), COLUMN_TYPES), rule="type"
         )
     for rule, types in _FITS.items():
-        if getattr(rules, rule) not in (None, False) and rules.type not in types:
+        if getattr(rules, rule) is not None and getattr(rules, rule) is not False and rules.type not in types:
             raise ContractError(
                 f"{rule} does not fit the type {rules.type}", fix=f"{rule} is for {', '.join(types)}", rule=rule
             )
@@ -182,7 +183,7 @@ def _check_categories(rules: ColumnRules) -> None:
     if len(set(values)) < len(values):
         raise ContractError("categories lists a value twice", fix="keep one of each", rule="categories")
 
-# %% ../../nbs/api/data/contracts.ipynb #26dae07a
+# %% ../../nbs/api/data/contracts.ipynb #1e1fdf7c
 @dataclass(frozen=True)
 class TableRules:
     "What the table as a whole promises."
@@ -219,9 +220,11 @@ class TableRules:
 
     def to_dict(self) -> dict[str, Any]:
         "The rules that say something, as JSON types."
-        shown = {name: getattr(self, name) for name in TABLE_KEYS if getattr(self, name) not in (None, ())}
-        if self.keys:
-            shown["keys"] = [list(key) for key in self.keys]
+        shown = {
+            name: _plain(getattr(self, name))
+            for name in TABLE_KEYS
+            if getattr(self, name) is not None and getattr(self, name) != ()
+        }
         if self.freshness:
             shown["freshness"] = {"column": self.freshness[0], "max_age": self.freshness[1]}
         return shown
@@ -326,7 +329,7 @@ class Contract:
             "column"
         )
 
-# %% ../../nbs/api/data/contracts.ipynb #974ca40e
+# %% ../../nbs/api/data/contracts.ipynb #aa3fbc33
 def contract_yaml(
     contract: Contract,  # any
 ) -> str:
@@ -358,7 +361,8 @@ def _line(indent: int, rule: str, value: Any, seen: Mapping[str, str]) -> str:
 
 
 def _comment(text: str) -> str:
-    return f"  # {' '.join(text.split())}" if text else ""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return f"  # {' '.join(plain.split())}" if plain.strip() else ""
 
 
 def _scalar(value: Any) -> str:

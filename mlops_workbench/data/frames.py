@@ -14,9 +14,10 @@ import pandas as pd
 from ..errors import SourceError, did_you_mean
 
 # %% auto #0
-__all__ = ['COLUMN_TYPES', 'column_type', 'value_kinds', 'check_names', 'check_frame', 'check_types', 'check_target']
+__all__ = ['COLUMN_TYPES', 'column_type', 'without_categories', 'value_kinds', 'check_names', 'check_frame', 'check_types',
+           'check_target']
 
-# %% ../../nbs/api/data/frames.ipynb #e6c5fda1
+# %% ../../nbs/api/data/frames.ipynb #d7bed178
 COLUMN_TYPES = ("boolean", "integer", "number", "string", "datetime", "date", "any")
 _INFERRED = {
     "string": "string", "empty": "string", "boolean": "boolean", "integer": "integer", "floating": "number", "decimal": "number",
@@ -41,6 +42,13 @@ def column_type(
         return "datetime"
     kind = _INFERRED.get(pd.api.types.infer_dtype(column, skipna=True), "any")
     return "any" if kind == "mixed" and len(value_kinds(column)) == 1 else kind
+
+
+def without_categories(
+    column: pd.Series,  # any
+) -> pd.Series:  # the same values; a categorical column in the dtype of its categories
+    "pandas' category dtype is a way of storing; rules are about values."
+    return column.astype(object).infer_objects() if isinstance(column.dtype, pd.CategoricalDtype) else column
 
 # %% ../../nbs/api/data/frames.ipynb #7bdd238f
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -30,7 +30,7 @@ from ..workspace.secrets import resolve_secret
 # %% auto #0
 __all__ = ['redact_url', 'safe_path', 'Sql', 'mask_query', 'Source', 'read_bytes', 'read_parquet', 'read_sql', 'read_source']
 
-# %% ../../nbs/api/data/sources.ipynb #a5ac6346
+# %% ../../nbs/api/data/sources.ipynb #b8086c79
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
 
@@ -38,20 +38,23 @@ def redact_url(
     url: str,  # any URL; fsspec's chained ones (`zip://a.csv::https://…`) too
 ) -> str:  # the same without user, password, query and fragment
     "A URL that is safe to keep and show."
-    return "::".join(_redact_one(link) for link in url.split("::"))
+    return "::".join(_redact_one(link) for link in re.split(r"::(?=[A-Za-z][A-Za-z0-9+.\-]*://)", url))
 
 
 def _redact_one(url: str) -> str:
     match = _URL.match(url)
     if match is None:
         return url
-    rest, mark = re.split(r"[?#]", url[match.end() :], maxsplit=1)[0], "?…" if re.search(r"[?#]", url) else ""
-    authority, slash, path = rest.partition("/")
-    if "@" in authority:
-        authority = authority.rpartition("@")[2]
-    elif "@" in path and re.search(r":(?!\d+$)", authority):  # a password that contains a slash
-        authority, slash, path = path.rpartition("@")[2].partition("/")
-    return f"{match[0]}{authority}{slash}{path}{mark}"
+    rest = url[match.end() :]
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in rest and re.search(
+        r":(?!\d+$)", authority
+    ):  # user:password, whose last @ ends it, even where it holds / ? # or @ unescaped
+        rest = rest.rpartition("@")[2]
+    elif "@" in authority:
+        rest = rest[authority.rfind("@") + 1 :]
+    kept = re.split(r"[?#]", rest, maxsplit=1)[0]
+    return f"{match[0]}{kept}{'?…' if kept != rest else ''}"
 
 
 def safe_path(

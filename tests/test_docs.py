@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -78,6 +79,45 @@ def test_sidebar_goes_bottom_up() -> None:
     ]
     heights = [height[f] for f in floors if f != "index"]
     assert heights == sorted(heights)
+
+
+def imported(module: Path) -> set[str]:
+    """The modules of this package that a generated file imports, by dotted name without the package."""
+    package = ["mlops_workbench", *module.relative_to(ROOT / "mlops_workbench").parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("mlops_workbench.") for name in found}
+
+
+def test_a_page_comes_after_those_it_builds_on() -> None:
+    """Inside a floor too: a reader who goes down the sidebar meets nothing that was not explained."""
+    order = [
+        f.removeprefix("nbs/api/").removesuffix(".ipynb").replace("/", ".") for f in SIDEBAR if f.startswith("nbs/api/")
+    ]
+    place = {name: i for i, name in enumerate(order) if not name.endswith("index")}
+    modules = {name: ROOT / "mlops_workbench" / (name.replace(".", "/") + ".py") for name in place}
+    early = [
+        f"{name} before {used}"
+        for name, file in modules.items()
+        if file.exists()
+        for used in imported(file) & place.keys()
+        if place[used] > place[name]
+    ]
+    assert not early
+
+
+def test_public_names_are_unique() -> None:
+    """A name in backticks means one thing, wherever it stands."""
+    homes: dict[str, list[str]] = {}
+    for module, symbols in modidx()["syms"].items():
+        for symbol in symbols:
+            name = symbol.removeprefix(f"{module}.")
+            if "." not in name and not name.startswith("_"):
+                homes.setdefault(name, []).append(module)
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
 
 
 def test_execution_is_off_and_the_scripts_exist() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from tests import __main__ as runner
 from tests import notebooks, sync
@@ -180,3 +183,42 @@ def test_readme_holds_the_two_commands_once() -> None:
         'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]" && python -m tests',
     ):
         assert lines.count(command) == 1, command
+    assert not re.search(r"SIZE_AND_TIME|TODO|FIXME", "\n".join(lines)), "a number that nobody has measured yet"
+
+
+@pytest.mark.fast
+def test_workflows_use_the_same_script_and_pin_actions_by_major_version() -> None:
+    """The matrix covers the ends of the supported range, and what CI runs is what a contributor can run."""
+    workflows = {
+        p.stem: yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / ".github" / "workflows").glob("*.yml")
+    }
+    assert set(workflows) == {"tests", "publish"}
+    steps = [step for workflow in workflows.values() for job in workflow["jobs"].values() for step in job["steps"]]
+    actions = [step["uses"] for step in steps if "uses" in step]
+    assert actions and all(re.fullmatch(r"[\w.-]+/[\w./-]+@v\d+", action) for action in actions)
+    tests = workflows["tests"]["jobs"]["tests"]
+    assert tests["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    assert [step for step in tests["steps"] if step.get("run") == "bash .ci/run"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11,<3.14"
+
+
+@pytest.mark.fast
+def test_hooks_run_tools_of_this_repository() -> None:
+    """Local hooks only: nothing is fetched at commit time, and the clean hook is the one that keeps tags."""
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    hooks = {hook["id"]: hook for hook in config["repos"][0]["hooks"]}
+    assert hooks["clean-notebooks"]["entry"] == "python -m tests.sync --clean"
+    assert re.match(hooks["clean-notebooks"]["files"], "nbs/pipelines/credit_scoring/train.ipynb")
+    assert hooks["sync"]["entry"] == "python -m tests.sync"
+
+
+@pytest.mark.fast
+def test_ci_is_a_shell_script_that_reads_the_readme() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "pip install -e" not in script.read_text(encoding="utf-8"), (
+        "the command line comes from README.md, not from here"
+    )

@@ -34,7 +34,8 @@ SIZE_CAP = 300_000  # bytes of one notebook file
 
 MASKS = [
     (re.compile(r"\x1b\[[0-9;]*m"), ""),
-    (re.compile(r"\b[0-7][0-9A-HJKMNP-TV-Z]{25}\b"), "<ulid>"),
+    (re.compile(r"\b(?:[0-7][0-9A-HJKMNP-TV-Z]{25}|01[0-9A-HJKMNP-TV-Z]{5,23})\b"), "<ulid>"),  # whole, or shortened
+    (re.compile(r"\btmp[a-z0-9_]{8}\b"), "<temporary>"),
     (re.compile(r"\b[0-9a-f]{8,}(?:-[0-9a-f]{4,}){0,4}\b"), "<hex>"),
     (re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?"), "<time>"),
     (re.compile(r"\b\d\d:\d\d:\d\d(?:\.\d+)?\b"), "<time>"),

@@ -29,7 +29,7 @@ def missing_allowance(
         return 0.0, ""
     return min(1.0, math.ceil((2 * share + 0.01) * 1000) / 1000), f"seen {share:.2%}"
 
-# %% ../../nbs/api/data/inference.ipynb #63fa44ba
+# %% ../../nbs/api/data/inference.ipynb #ef86fc7f
 def range_with_leeway(
     column: pd.Series,  # numbers
     leeway: float = 1.0,  # how far beyond what was seen, as a multiple of the distance between smallest and largest
@@ -43,11 +43,11 @@ def range_with_leeway(
     spread = high - low if high > low else abs(high) or 1.0
     unit = 10.0 ** (math.floor(math.log10(spread)) - 1) if spread > 0 else 1.0
     least, most = _outwards(low - leeway * spread, unit, -1), _outwards(high + leeway * spread, unit, 1)
-    if 0 <= low:
+    if low >= 0:
         least = max(least, 0.0)
     if high <= 0:
         most = min(most, 0.0)
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         most = min(most, 1.0)
     return least, most, f"seen {low:g} to {high:g}"
 

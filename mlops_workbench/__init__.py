@@ -8,19 +8,55 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['WorkbenchError']
+__all__ = ['init', 'WorkbenchError', 'output', 'secret', 'infer_contract', 'validate', 'profile', 'detect_drift', 'drift_report',
+           'evaluate', 'compare_models', 'check_fairness']
 
-# %% ../nbs/api/index.ipynb #8aeb2a6a
+# %% ../nbs/api/index.ipynb #2269c8e4
 if TYPE_CHECKING:
+    from mlops_workbench.data.inference import infer_contract
+    from mlops_workbench.data.validation import validate
+    from mlops_workbench.drift.detection import detect_drift
+    from mlops_workbench.drift.profiles import profile
+    from mlops_workbench.drift.reports import drift_report
     from mlops_workbench.errors import WorkbenchError
+    from mlops_workbench.evaluation.comparisons import compare_models
+    from mlops_workbench.evaluation.evaluations import evaluate
+    from mlops_workbench.evaluation.fairness import check_fairness
+    from mlops_workbench.pipelines.outputs import output
+    from mlops_workbench.workspace.folders import init
+    from mlops_workbench.workspace.secrets import secret
 
     __version__: str
 
-_all_ = ["WorkbenchError"]
+_all_ = [
+    "init",
+    "WorkbenchError",
+    "output",
+    "secret",
+    "infer_contract",
+    "validate",
+    "profile",
+    "detect_drift",
+    "drift_report",
+    "evaluate",
+    "compare_models",
+    "check_fairness",
+]
 
-# %% ../nbs/api/index.ipynb #9c302a19
+# %% ../nbs/api/index.ipynb #4562be02
 _HOMES = {
+    "init": "workspace.folders",
     "WorkbenchError": "errors",
+    "output": "pipelines.outputs",
+    "secret": "workspace.secrets",
+    "infer_contract": "data.inference",
+    "validate": "data.validation",
+    "profile": "drift.profiles",
+    "detect_drift": "drift.detection",
+    "drift_report": "drift.reports",
+    "evaluate": "evaluation.evaluations",
+    "compare_models": "evaluation.comparisons",
+    "check_fairness": "evaluation.fairness",
 }
 
 # %% ../nbs/api/index.ipynb #4da091a6

@@ -16,7 +16,7 @@ from ..errors import StatisticsError, did_you_mean
 # %% auto #0
 __all__ = ['MISSING', 'MOST_GROUPS', 'group_names', 'read_groups', 'cross_groups']
 
-# %% ../../nbs/api/evaluation/groups.ipynb #44bc49b5
+# %% ../../nbs/api/evaluation/groups.ipynb #728b991a
 MISSING = "missing"
 MOST_GROUPS = 50
 
@@ -35,7 +35,7 @@ def group_names(
         raise StatisticsError(what, where=column, fix="pass groups of the same rows, in the same order")
     number = pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series)
     if number and series.nunique() > 12:
-        series = pd.qcut(series.astype(float), 4, duplicates="drop", precision=6).map(_range_name, na_action="ignore")
+        series = _quarters(series.astype(float))
     names = series.astype(object).where(series.notna(), MISSING).map(str).to_numpy(dtype=object)
     found = len(np.unique(names))
     if found > MOST_GROUPS:
@@ -48,10 +48,13 @@ def group_names(
     return names
 
 
-def _range_name(interval: Any) -> str:
-    return f"{interval.left:.4g} to {interval.right:.4g}"
+def _quarters(numbers: pd.Series) -> pd.Series:
+    cut = pd.qcut(numbers, 4, duplicates="drop", precision=6)
+    names = {c: f"Q{k}: {c.left:.4g} to {c.right:.4g}" for k, c in enumerate(cut.cat.categories, 1)}
+    quarters: pd.Series = cut.astype(object).map(names, na_action="ignore")
+    return quarters
 
-# %% ../../nbs/api/evaluation/groups.ipynb #c289400c
+# %% ../../nbs/api/evaluation/groups.ipynb #80f73531
 def read_groups(
     source: Any,  # a column name of X, a list of names, a Series, a frame, a dict of columns, or one array; None: no groups
     X: Any,  # the frame that names refer to; may be None

@@ -104,7 +104,7 @@ def storage_error(
     detail = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
     return StorageError(f"{what} ({detail})", where=where, fix=fix, trouble=trouble)
 
-# %% ../../nbs/api/workspace/database.ipynb #4cf82bbb
+# %% ../../nbs/api/workspace/database.ipynb #ffaa6e5f
 def _use_wal(connection: sqlite3.Connection, deadline: float) -> None:
     "Switch a file to the write-ahead log; wait for others who do the same."
     while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
@@ -121,23 +121,33 @@ def _use_wal(connection: sqlite3.Connection, deadline: float) -> None:
             time.sleep(0.01)
 
 
-def _prepare_sqlite(engine: Engine, timeout: float) -> None:
-    "Make every connection of a SQLite engine safe, and its transactions explicit."
+class _SqliteConnection(sqlite3.Connection):
+    "A connection that can be held in a weak set, which the driver's own cannot."
+
+
+def _prepare_sqlite(engine: Engine, timeout: float, connections: weakref.WeakSet[_SqliteConnection]) -> None:
+    "Make every connection of a SQLite engine safe and its transactions explicit, and know which connections are open."
 
     @event.listens_for(engine, "connect")
-    def connected(connection: sqlite3.Connection, record: Any) -> None:
+    def connected(connection: _SqliteConnection, record: Any) -> None:
+        connections.add(connection)
         connection.isolation_level = None  # the driver starts no transaction by itself
         connection.execute(f"PRAGMA busy_timeout = {int(timeout * 1000)}")
         _use_wal(connection, time.monotonic() + timeout)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
 
+    @event.listens_for(engine, "close")
+    def closed(connection: _SqliteConnection, record: Any) -> None:
+        connections.discard(connection)
+
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writing") else "BEGIN")
 
-# %% ../../nbs/api/workspace/database.ipynb #2da0da97
+# %% ../../nbs/api/workspace/database.ipynb #f6493b86
 _open: weakref.WeakSet[Database] = weakref.WeakSet()
+_forked: set[str] = set()  # SQLite files that this process must not touch
 
 
 class Database:
@@ -153,14 +163,15 @@ class Database:
         self.where = (
             str(self.url.database) if self.dialect == "sqlite" else self.url.render_as_string(hide_password=True)
         )
-        options: dict[str, Any] = {"timeout": timeout}
+        options: dict[str, Any] = {"timeout": timeout, "factory": _SqliteConnection}
         if self.dialect == "postgresql":
             options = {"connect_timeout": max(2, int(timeout)), "options": f"-c lock_timeout={int(timeout * 1000)}"}
         self.engine: Engine = create_engine(
             self.url, connect_args=options, pool_timeout=timeout, pool_pre_ping=self.dialect == "postgresql"
         )
+        self._connections: weakref.WeakSet[_SqliteConnection] = weakref.WeakSet()
         if self.dialect == "sqlite":
-            _prepare_sqlite(self.engine, timeout)
+            _prepare_sqlite(self.engine, timeout, self._connections)
         self._thread = threading.local()
         _open.add(self)
 
@@ -195,6 +206,14 @@ class Database:
 
     @contextmanager
     def _connected(self, **options: Any) -> Iterator[Connection]:
+        if self.where in _forked:
+            fix = "start processes while no transaction is open, or with the start method spawn"
+            raise StorageError(
+                "this process was forked in the middle of a SQLite transaction",
+                where=self.where,
+                fix=fix,
+                trouble="forked",
+            )
         try:
             with self.engine.connect() as connection:
                 yield connection.execution_options(**options)
@@ -222,16 +241,25 @@ class Database:
         "Close the pooled connections. The database opens again by itself when it is used."
         self.engine.dispose()
 
-# %% ../../nbs/api/workspace/database.ipynb #99640392
+# %% ../../nbs/api/workspace/database.ipynb #9f495b34
 _inherited: list[Any] = []  # a parent's connections: never used in the child, never closed by it either
+
+
+def _before_fork() -> None:
+    for database in list(_open):
+        if database.dialect == "sqlite":
+            database.engine.dispose()
 
 
 def _after_fork() -> None:
     for database in list(_open):
-        _inherited.append(database.engine.pool)
-        database.engine.dispose(close=False)
         database._thread = threading.local()
+        if database.dialect == "postgresql":
+            _inherited.append(database.engine.pool)
+            database.engine.dispose(close=False)
+        elif database._connections:
+            _forked.add(database.where)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

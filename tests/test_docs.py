@@ -184,6 +184,19 @@ def test_local_links_resolve(name: str) -> None:
     assert not broken
 
 
+@pytest.mark.parametrize(
+    "folder", sorted({Path(p).parent.as_posix() for p in PAGES if p.count("/") == 3 and p.startswith("nbs/api/")})
+)
+def test_the_page_of_a_floor_names_its_modules(folder: str) -> None:
+    text = prose(ROOT / folder / "index.ipynb")
+    missing = [
+        p
+        for p in PAGES
+        if Path(p).parent.as_posix() == folder and Path(p).stem != "index" and f"({Path(p).name})" not in text
+    ]
+    assert not missing
+
+
 def test_modidx_points_at_pages() -> None:
     """nbdev's index says where each name is documented: the page exists, is rendered, and defines the name."""
     wrong = []

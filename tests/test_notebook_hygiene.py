@@ -55,7 +55,18 @@ def exported(cell: Any) -> bool:
 
 
 def only_imports(cell: Any) -> bool:
-    return all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in tree(cell))
+    def imports(statements: list[ast.stmt]) -> bool:
+        return all(
+            isinstance(s, (ast.Import, ast.ImportFrom)) or (isinstance(s, ast.If) and imports(s.body))
+            for s in statements
+        )
+
+    return imports(tree(cell))
+
+
+def only_private(cell: Any) -> bool:
+    """Helpers of what stands just above them: the words there are about both."""
+    return all(isinstance(s, DEFINITIONS) and s.name.startswith("_") for s in tree(cell))
 
 
 def code_lines(cell: Any) -> int:
@@ -92,14 +103,14 @@ def test_second_cell_names_the_module(path: Path) -> None:
 
 @api
 def test_no_two_exports_in_a_row(path: Path) -> None:
-    """A cell that is only imports needs no words; between two others stands a reason or a lesson."""
+    """Imports and private helpers need no words of their own; between two others stands a reason or a lesson."""
     last: int | None = None
     close = []
     for number, cell in enumerate(read(path)):
         if not exported(cell):
             last = None
         elif not only_imports(cell):
-            if last is not None:
+            if last is not None and not only_private(cell):
                 close.append((last, number))
             last = number
     assert not close, f"exported cells with nothing between them: {close}"

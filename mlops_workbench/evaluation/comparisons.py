@@ -185,7 +185,7 @@ class Comparison:
             self._HEADS, [self._row()], f"Comparison on {self.n:,} rows, {self.level:.0%} interval{extra}"
         )
 
-# %% ../../nbs/api/evaluation/comparisons.ipynb #e13f7783
+# %% ../../nbs/api/evaluation/comparisons.ipynb #a8b787a1
 def compare_models(
     y: Any,  # (n,) true labels or values
     champion: Any,  # predictions as `read_predictions` takes them, or a model with X
@@ -225,7 +225,8 @@ def compare_models(
         chosen.name,
         chosen.better,
         a.n,
-        *values,
+        before,
+        after,
         gain,
         low,
         high,
@@ -261,7 +262,7 @@ def _usual(a: Predictions, b: Predictions) -> str:
     )
     return "rmse" if a.task == "regression" else "roc_auc" if ranked else "accuracy"
 
-# %% ../../nbs/api/evaluation/comparisons.ipynb #9cebb7c0
+# %% ../../nbs/api/evaluation/comparisons.ipynb #7952a78b
 def _same(a: Predictions, b: Predictions) -> bool:
     both = a.probabilities is not None and b.probabilities is not None
     tables_agree = (
@@ -272,8 +273,18 @@ def _same(a: Predictions, b: Predictions) -> bool:
     return a.classes == b.classes and bool(np.array_equal(a.predicted, b.predicted)) and tables_agree
 
 
+def _gain_interval(
+    a: Predictions, b: Predictions, metric: Metric, gains: np.ndarray, gain: float, level: float
+) -> Interval:
+    "BCa up to 1,000 rows, percentiles above, as for single metrics."
+    if not 1 < a.n <= 1000:
+        return percentile_interval(gains, level)
+    left_out = metric.gain(leave_one_out(a, [metric])[:, 0], leave_one_out(b, [metric])[:, 0])
+    return bca_interval(gains, gain, left_out, level)
+
+
 def _judge(
-    a: Predictions, b: Predictions, metric: Metric, gains: np.ndarray, level: float, margin: float
+    a: Predictions, b: Predictions, metric: Metric, gains: np.ndarray, gain: float, level: float, margin: float
 ) -> tuple[float, float, str, str]:
     "Low, high, verdict, reason."
     if _same(a, b):

@@ -104,7 +104,7 @@ def check_infinite(name: str, reference: ColumnProfile, current: ColumnProfile) 
     if infinite and not reference.positive_infinite + reference.negative_infinite:
         yield Finding(name, "infinite", f"{infinite:,} values are infinite, none in the reference", True)
 
-# %% ../../nbs/api/drift/checks.ipynb #0d0f017a
+# %% ../../nbs/api/drift/checks.ipynb #a08b5d4a
 def check_categories(
     name: str, grid: ColumnGrid, reference: ColumnProfile, current: ColumnProfile
 ) -> Iterator[Finding]:
@@ -124,7 +124,12 @@ def check_categories(
         seen = [f"{grid.categories[i]!r} ({_share(reference.counts[i] / n)})" for i in where]
         message = f"categories of the reference are gone: {', '.join(seen)}{' …' if gone.sum() > 3 else ''}"
         yield Finding(
-            name, "lost", message, False, min(min(chance) * int(listed.sum()), 1.0), reference.counts[where[0]] / n
+            name,
+            "lost",
+            message,
+            False,
+            min(min(chance) * int(listed.sum()), 1.0),
+            float(reference.counts[where[0]] / n),
         )
 
 # %% ../../nbs/api/drift/checks.ipynb #b53973a5

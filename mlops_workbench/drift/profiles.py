@@ -286,7 +286,7 @@ def merge(
         total = Profile(total.grid, total.rows + part.rows, columns, {**total.added, **kinds})
     return total
 
-# %% ../../nbs/api/drift/profiles.ipynb #07d75629
+# %% ../../nbs/api/drift/profiles.ipynb #0d249484
 def _one(frame: pd.DataFrame, grid: Grid) -> Profile:
     columns = {name: column_profile(frame[name], g) for name, g in grid.columns.items() if name in frame.columns}
     added = {}
@@ -310,12 +310,8 @@ def profile(
     "Count every column: one pass, mergeable, a few kB. Raises `StatisticsError` for no rows, duplicate names or mixed types."
     if isinstance(grid, Profile):
         grid = grid.grid
-    whole = (
-        isinstance(data, (pd.DataFrame, pd.Series, Mapping))
-        or hasattr(data, "to_pandas")
-        or not isinstance(data, Iterable)
-    )
-    if whole:
+    whole = isinstance(data, (pd.DataFrame, pd.Series, Mapping, np.ndarray, str)) or hasattr(data, "to_pandas")
+    if whole or not isinstance(data, Iterable):
         frame = frame_of(data)
         result = _one(frame, grid or make_grid(frame, bins=bins, categories=categories))
     elif grid is None:

@@ -164,7 +164,7 @@ def _categories(name: str, column: pa.ChunkedArray, ordered: bool) -> dict[str, 
         )
     return {"ordered": ordered, "values": values.to_pylist()}
 
-# %% ../../nbs/api/workspace/frames.ipynb #62ae6d60
+# %% ../../nbs/api/workspace/frames.ipynb #07e00927
 @dataclass(frozen=True)
 class Incoming:
     "Data on its way into the store."
@@ -226,12 +226,12 @@ def _one(item: Any) -> tuple[pa.Table, dict[str, Any]]:
     _check_names(item.column_names)
     if not item.num_columns:
         raise SourceError("the table has no columns", fix="check the source")
-    kept = [
-        n
-        for n in (item.schema.pandas_metadata or {}).get("index_columns", [])
-        if isinstance(n, str) and not n.startswith("__index_level_")
-    ]
-    return item, describe_frame(item, [n for n in kept if n in item.column_names])
+    notes = (item.schema.pandas_metadata or {}).get("index_columns", [])
+    index = [n for n in notes if isinstance(n, str) and n in item.column_names and not n.startswith("__index_level_")]
+    item = item.select(
+        index + [n for n in item.column_names if n not in index]
+    )  # pyarrow puts the index last, reset_index first
+    return item, describe_frame(item, index)
 
 
 def _chain(first: pa.Table, items: Iterator[Any]) -> Iterator[pa.Table]:

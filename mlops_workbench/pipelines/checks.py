@@ -107,7 +107,7 @@ def compatible(
     references = {*REFERENCE_OUTPUTS, *REFERENCE_TYPES}
     return (b == "str" and a in references) or (a == "str" and b in references)
 
-# %% ../../nbs/api/pipelines/checks.ipynb #d8ead26c
+# %% ../../nbs/api/pipelines/checks.ipynb #3482be57
 def check_values(
     pipeline: Pipeline,  # whose slots lead somewhere
     step: Step,  # one of its steps
@@ -159,11 +159,11 @@ def _misfit(pipeline: Pipeline, value: Any, parameter: Parameter) -> tuple[str, 
     if compatible(given, parameter.type):
         return None
     return (
-        f"the parameter {parameter.name} takes {parameter.type}, but {slot or value!r} is {given}",
+        f"the parameter {parameter.name} takes {parameter.type}, but {slot if slot else repr(value)} is {given}",
         "connect another output or parameter, or change one of the types",
     )
 
-# %% ../../nbs/api/pipelines/checks.ipynb #56426cac
+# %% ../../nbs/api/pipelines/checks.ipynb #647eae11
 @dataclass(frozen=True)
 class CheckedPipeline:
     "A pipeline in which nothing is known to be wrong, with its notebooks as they were read."
@@ -190,7 +190,8 @@ def check_pipeline(
     "Hold a definition against itself and its notebooks. Raises `DefinitionError` or `ParameterError` with all that is wrong."
     problems = check_names(pipeline) + check_references(pipeline) + check_order(pipeline)
     sound = not problems
-    notebooks, takes = {}, {}
+    notebooks: dict[str, StepNotebook] = {}
+    takes: dict[str, tuple[Parameter, ...]] = {}
     for step in pipeline.steps:
         try:
             notebooks[step.name] = read_notebook(pipeline.folder / step.notebook)

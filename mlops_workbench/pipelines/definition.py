@@ -194,7 +194,7 @@ def _row(step: Step) -> str:
     )
     return f"<tr>{cells}</tr>"
 
-# %% ../../nbs/api/pipelines/definition.ipynb #dd2c1afc
+# %% ../../nbs/api/pipelines/definition.ipynb #89dc917a
 def check_names(
     pipeline: Pipeline,  # as written
 ) -> list[DefinitionError]:
@@ -218,7 +218,8 @@ def check_names(
                 fix="add at least one step with a notebook",
             )
         )
-    named = [("parameters", p.name, ()) for p in pipeline.parameters] + [("steps", s.name, ()) for s in pipeline.steps]
+    named: list[tuple[str, str, tuple[str, ...]]] = [("parameters", p.name, ()) for p in pipeline.parameters]
+    named += [("steps", s.name, ()) for s in pipeline.steps]
     named += [("steps", s.name, ("outputs", o)) for s in pipeline.steps for o in s.outputs]
     seen: set[Any] = set()
     for kind, name, below in named:

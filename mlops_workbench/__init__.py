@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['init', 'WorkbenchError', 'output', 'secret', 'infer_contract', 'validate', 'profile', 'detect_drift', 'drift_report',
-           'evaluate', 'compare_models', 'check_fairness']
+           'evaluate', 'compare_models', 'check_fairness', 'load_ipython_extension']
 
-# %% ../nbs/api/index.ipynb #2269c8e4
+# %% ../nbs/api/index.ipynb #2f118de2
 if TYPE_CHECKING:
     from mlops_workbench.data.inference import infer_contract
     from mlops_workbench.data.validation import validate
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlops_workbench.evaluation.evaluations import evaluate
     from mlops_workbench.evaluation.fairness import check_fairness
     from mlops_workbench.pipelines.outputs import output
+    from mlops_workbench.tracking.sessions import load_ipython_extension
     from mlops_workbench.workspace.folders import init
     from mlops_workbench.workspace.secrets import secret
 
@@ -41,9 +42,10 @@ _all_ = [
     "evaluate",
     "compare_models",
     "check_fairness",
+    "load_ipython_extension",
 ]
 
-# %% ../nbs/api/index.ipynb #4562be02
+# %% ../nbs/api/index.ipynb #da853068
 _HOMES = {
     "init": "workspace.folders",
     "WorkbenchError": "errors",
@@ -57,6 +59,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluations",
     "compare_models": "evaluation.comparisons",
     "check_fairness": "evaluation.fairness",
+    "load_ipython_extension": "tracking.sessions",
 }
 
 # %% ../nbs/api/index.ipynb #4da091a6

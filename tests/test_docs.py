@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib.util
 import json
 import re
 import subprocess
@@ -37,6 +39,7 @@ def listed(contents: Any) -> list[str]:
 SIDEBAR = listed(SITE["website"]["sidebar"]["contents"])
 
 
+@functools.cache
 def rendered() -> list[str]:
     """The files that the `render` patterns select, as Quarto reads them: `**` is any number of folders."""
     found = set()
@@ -129,6 +132,7 @@ def test_execution_is_off_and_the_scripts_exist() -> None:
         assert (ROOT / style).exists(), style
 
 
+@functools.cache
 def prose(path: Path) -> str:
     """The Markdown of a file without its code: fenced blocks and spans in backticks hold no links."""
     if path.suffix == ".ipynb":
@@ -138,6 +142,7 @@ def prose(path: Path) -> str:
     return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
 
 
+@functools.cache
 def headings(path: Path) -> set[str]:
     """The anchors of a page, as pandoc makes them, with the names that its module defines."""
     text = (
@@ -170,6 +175,7 @@ def modidx() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [*PAGES, "README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_local_links_resolve(name: str) -> None:
+    """To files that exist, anchors that exist, and from the site only to pages of the site."""
     path = ROOT / name
     broken = []
     for match in LINK.finditer(prose(path)):
@@ -179,7 +185,13 @@ def test_local_links_resolve(name: str) -> None:
         file, _, anchor = target.partition("#")
         base = ROOT if file.startswith("/") else path.parent
         there = (base / file.lstrip("/")).resolve() if file else path
-        if not there.exists() or (anchor and there.suffix in (".ipynb", ".md") and anchor not in headings(there)):
+        page = there.suffix in (".ipynb", ".md") and name != "README.md"
+        off_site = page and there.exists() and there.relative_to(ROOT).as_posix() not in rendered()
+        if (
+            not there.exists()
+            or off_site
+            or (anchor and there.suffix in (".ipynb", ".md") and anchor not in headings(there))
+        ):
             broken.append(target)
     assert not broken
 
@@ -229,7 +241,7 @@ def run_filter(notebook: Path) -> Any:
 
 @pytest.mark.process
 def test_filter_makes_a_page() -> None:
-    """Title and description, the source of an export with its reference entry, links by name, nothing hidden, outputs kept."""
+    """Title and description, an entry before the source of an export, links by name, nothing hidden, outputs kept."""
     page = run_filter(ROOT / "nbs/api/workspace/references.ipynb")
     front = yaml.safe_load(page.cells[0].source.strip().strip("-"))
     assert page.cells[0].cell_type == "raw" and front["title"] == "references" and "one name" in front["description"]
@@ -237,16 +249,47 @@ def test_filter_makes_a_page() -> None:
     sources = [c.source for c in page.cells]
     shown = [i for i, s in enumerate(sources) if "def parse_reference(" in s]
     assert len(shown) == 1 and "code-fold: show" in sources[shown[0]]
-    entry = page.cells[shown[0] + 1]
-    assert entry.source.endswith("show_doc(parse_reference)") and "echo: false" in entry.source
-    reference = "".join(entry.outputs[0]["data"]["text/markdown"])
-    assert "### parse_reference" in reference and "short form works" in reference
-    assert "(/nbs/api/errors.ipynb#referenceformaterror)" in reference
+    entry = page.cells[shown[0] - 1]
+    assert entry.cell_type == "markdown" and entry.source.startswith(
+        "### parse_reference {#parse_reference}\n\nRead a reference."
+    )
+    assert "[`ReferenceFormatError`](/nbs/api/errors.ipynb#referenceformaterror)" in entry.source
+    assert any("- [`at`]{#reference.at} The same object at another version." in s for s in sources)
 
     assert not [s for s in sources if re.search(r"^#\| *(hide|default_exp|export)", s, flags=re.MULTILINE)]
     assert any("[`parse_reference`](/nbs/api/workspace/references.ipynb#parse_reference)" in s for s in sources)
     lesson = next(c for c in page.cells if c.cell_type == "code" and "loans.resolved" in c.source)
     assert "dataset:loans@3" in json.dumps(lesson.outputs)
+
+
+@functools.cache
+def load_script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "nbs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_has_the_anchors_that_the_index_promises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filter works on every notebook, and each public name and method can be linked to."""
+    monkeypatch.chdir((ROOT / name).parent)
+    page = json.loads(load_script("quarto_filter").page((ROOT / name).read_text(encoding="utf-8")))
+    anchors = set(
+        re.findall(
+            r"\{#([\w.]+)\}", "".join("".join(c["source"]) for c in page["cells"] if c["cell_type"] == "markdown")
+        )
+    )
+    html = name.removeprefix("nbs/").replace(".ipynb", ".html")
+    index = [
+        symbol.removeprefix(f"{module}.")
+        for module, symbols in modidx()["syms"].items()
+        for symbol, (target, _) in symbols.items()
+        if target.startswith(f"{html}#")
+    ]
+    public = {symbol.lower() for symbol in index if not any(part.startswith("_") for part in symbol.split("."))}
+    assert public == anchors
 
 
 @pytest.mark.process
@@ -276,12 +319,7 @@ def test_plotly_comes_from_the_site(tmp_path: Path) -> None:
 
 def test_site_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """plotly.js is copied whole, and the top of the site leads to the home page."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("quarto_site", ROOT / "nbs" / "quarto_site.py")
-    assert spec and spec.loader
-    site = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(site)
+    site = load_script("quarto_site")
     (tmp_path / "nbs").mkdir()
     monkeypatch.setattr(site, "ROOT", tmp_path)
     site.prepare()

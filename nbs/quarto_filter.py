@@ -1,9 +1,10 @@
 """Make a page of a notebook. Quarto calls this for each one: JSON on standard input, JSON on standard output.
 
-It is nbdev's filter with a few differences, because these notebooks are read for their code as well as their prose:
-the source of an exported cell stays on the page, foldable; the reference entries follow it in the order of the
-definitions; names in backticks link by the package's own index, from the top of the project, so that the site works
-under any address; and the title needs no file name, which Quarto does not tell.
+It is nbdev's filter with a few differences, because these notebooks are read for their code as well as their prose.
+The source of an exported cell, whose comments document the parameters, stays on the page, foldable. Before it stands
+an entry for each name it defines: a heading to link to, what it is for, and its methods. The entries are read from the
+source, so making a page executes nothing. Names in backticks link by the package's own index, from the top of the
+project, so that the site works under any address. And the title needs no file name, which Quarto does not tell.
 """
 
 from __future__ import annotations
@@ -70,24 +71,40 @@ class PageTitle(FrontmatterProc):  # type: ignore[misc]
         self.nb.cells.insert(0, mk_cell(f"---\n{front}---\n", "raw"))
 
 
-class SourceThenReference(Processor):  # type: ignore[misc]
-    "Keep the source of a cell that defines something, and put the reference entry of each definition after it."
+def sentence(node: ast.AST) -> str:
+    """What the first paragraph of a docstring says."""
+    return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())  # type: ignore[arg-type]
+
+
+def entry(node: ast.AST) -> str:
+    """The reference entry of one definition, with an anchor for it and for each public method."""
+    name: str = node.name  # type: ignore[attr-defined]
+    lines = [f"### {name} {{#{name.lower()}}}", sentence(node)]
+    if isinstance(node, ast.ClassDef):
+        methods = [m for m in node.body if isinstance(m, DEFINITIONS) and not m.name.startswith("_")]
+        lines.append(
+            "\n".join(f"- [`{m.name}`]{{#{name.lower()}.{m.name.lower()}}} {sentence(m)}".rstrip() for m in methods)
+        )
+    return "\n\n".join(line for line in lines if line)
+
+
+class ReferenceThenSource(Processor):  # type: ignore[misc]
+    "Keep the source of a cell that defines something, and put an entry for each of its public names before it."
 
     def begin(self) -> None:
         for cell in reversed(list(self.nb.cells)):
             if cell.cell_type != "code" or "export" not in cell.directives_ or "hide" in cell.directives_:
                 continue
-            names = [t.name for t in cell.parsed_() or [] if isinstance(t, DEFINITIONS)]
-            constants = any(isinstance(t, (ast.Assign, ast.AnnAssign)) for t in cell.parsed_() or [])
-            if names or constants:  # `exports` is nbdev's word for an export that the page shows
-                cell.directives_["exports"] = cell.directives_.pop("export")
-            for name in reversed([n for n in names if not n.startswith("_")]):
-                self.nb.cells.insert(cell.idx_ + 1, mk_cell(f"show_doc({name})"))
-        self.nb.has_docs_ = True
+            tree = cell.parsed_() or []
+            if any(isinstance(t, (*DEFINITIONS, ast.Assign, ast.AnnAssign)) for t in tree):
+                cell.directives_["exports"] = cell.directives_.pop("export")  # nbdev's word for an export that is shown
+            entries = [entry(t) for t in tree if isinstance(t, DEFINITIONS) and not t.name.startswith("_")]
+            if entries:
+                self.nb.cells.insert(cell.idx_, mk_cell("\n\n".join(entries), "markdown"))
 
 
 class NameLinks(Processor):  # type: ignore[misc]
-    "Link names in backticks, in prose and in reference entries."
+    "Link names in backticks, in prose and in Markdown that a cell displays."
 
     def begin(self) -> None:
         targets = links()
@@ -105,20 +122,18 @@ class PageFilter(processors.FilterDefaults):  # type: ignore[misc]
     "nbdev's processors in nbdev's order, three of them exchanged for those above."
 
     def base_procs(self) -> list[Any]:
-        exchange = {"FrontmatterProc": PageTitle, "add_show_docs": SourceThenReference, "add_links": NameLinks}
-        dropped = ("mv_exports", "insert_warning")
+        exchange = {"FrontmatterProc": PageTitle, "add_show_docs": ReferenceThenSource, "add_links": NameLinks}
+        dropped = ("mv_exports", "insert_warning", "exec_show_docs", "clean_show_doc")
         return [exchange.get(p.__name__, p) for p in super().base_procs() if p.__name__ not in dropped]
 
 
 def page(notebook: str) -> str:
     """The notebook as Quarto should see it, JSON to JSON."""
-    os.environ["IN_TEST"] = "1"  # cells run for the reference entries: an export among them must do nothing
     content = dict2nb(json.loads(notebook))
     with redirect_stdout(io.StringIO()):
         PageFilter()(content)
     content.cells = [cell for cell in content.cells if cell.get("source") is not None]
-    for cell in content.cells:  # what only nbdev understands: its directives, and seconds that are not strings
-        cell.metadata.pop("execution", None)
+    for cell in content.cells:  # directives that only nbdev understands
         cell.source = re.sub(r"^#\| (export|exports|eval): \w+\n", "", cell.source, flags=re.MULTILINE)
     return str(nb2str(content))
 

@@ -315,7 +315,7 @@ def live_part(connection: Connection, digest: str) -> Any | None:
         sa.select(parts).where(parts.c.digest == digest, parts.c.retired.is_(None)).limit(1)
     ).first()
 
-# %% ../../nbs/api/workspace/catalog.ipynb #e1662942
+# %% ../../nbs/api/workspace/catalog.ipynb #ef79ccc2
 @dataclass(frozen=True)
 class Draft:
     "What a writer wants the catalog to say about a new version."
@@ -342,8 +342,10 @@ def name_id(connection: Connection, name: str) -> int:
 
 
 def insert_part(connection: Connection, part: Part, change: Change) -> int:
-    "Enter a written part; an equal one that is listed already is used instead. Returns its id."
-    found = live_part(connection, part.digest)
+    "Enter a written part; where it, or an equal one that is listed, is there already, that is used. Returns its id."
+    found = connection.execute(sa.select(parts.c.id).where(parts.c.file == part.file)).first() or live_part(
+        connection, part.digest
+    )
     if found is not None:
         return int(found.id)
     row = {

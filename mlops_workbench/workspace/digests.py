@@ -19,7 +19,7 @@ from ..errors import SourceError
 # %% auto #0
 __all__ = ['BLOCK', 'normal_type', 'type_name', 'normal_array', 'ContentDigest', 'content_digest']
 
-# %% ../../nbs/api/workspace/digests.ipynb #0300b214
+# %% ../../nbs/api/workspace/digests.ipynb #29e4fbc8
 _LAYOUTS = {"large_string": "string", "string_view": "string", "large_binary": "binary", "binary_view": "binary"}
 
 
@@ -59,9 +59,10 @@ def type_name(
     "The name of a type in its normal form: equal for layouts that hold the same values."
     kind = normal_type(kind)
     if isinstance(kind, pa.BaseExtensionType):
-        return (
-            f"extension<{kind.extension_name}, {type_name(kind.storage_type)}, {kind.__arrow_ext_serialize__().hex()}>"
-        )
+        own = (
+            kind.__arrow_ext_serialize__().hex() if hasattr(kind, "__arrow_ext_serialize__") else str(kind)
+        )  # Arrow's own (uuid, json) tell by name
+        return f"extension<{kind.extension_name}, {type_name(kind.storage_type)}, {own}>"
     if pa.types.is_map(kind):
         return f"map<{type_name(kind.key_type)}, {type_name(kind.item_type)}>"
     if pa.types.is_fixed_size_list(kind):

@@ -53,7 +53,7 @@ def unpack(
     "What `pack` packed."
     return str(body["yaml"]) if "yaml" in body else zlib.decompress(base64.b85decode(body["yaml_zlib"])).decode("utf-8")
 
-# %% ../../nbs/api/data/contract_store.ipynb #cf71ca79
+# %% ../../nbs/api/data/contract_store.ipynb #8f0588a8
 @dataclass(frozen=True)
 class RecordedContract:
     "One recorded wording of a contract."
@@ -74,13 +74,13 @@ def recorded(
     "The contract in an event. Raises `UnknownReferenceError` where its text was erased."
     if event.body is None:
         raise UnknownReferenceError(
-            f"the text of {event.subject} was erased", where=event.reference, fix="save the contract again"
+            f"the text of {event.subject} was erased", where=str(event.reference), fix="save the contract again"
         )
     text, version = unpack(event.body), int(event.body["version"])
     reference = f"{event.subject}@{version}"
     return RecordedContract(reference, version, parse_contract(text, reference), text)
 
-# %% ../../nbs/api/data/contract_store.ipynb #72a1ae3c
+# %% ../../nbs/api/data/contract_store.ipynb #e6e24585
 class ContractStore:
     "The contracts of a workspace."
 
@@ -134,6 +134,12 @@ class ContractStore:
                 f"there is no {wanted}", fix=f"recorded versions: {known}", reference=str(wanted)
             )
         return found[version]  # type: ignore[index]
+
+    def expected(self, contract: Contract) -> str:
+        "The reference that `record` is going to give, unless somebody comes between."
+        last = self.last(contract.name)
+        same = last is not None and last.contract.digest == contract.digest
+        return f"contract:{contract.name}@{(last.version if last else 0) + (0 if same else 1)}"
 
     def record(self, contract: Contract, text: str, connection: Connection | None = None) -> RecordedContract:
         "The recorded version that says this; recorded now where the last one says something else. Raises `ContractMoved` after a race."

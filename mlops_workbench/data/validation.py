@@ -227,7 +227,7 @@ def table_failures(
         found.append(Failure(column, "freshness", f"must be at most {age} old", 0, 0.0, found=said))
     return found
 
-# %% ../../nbs/api/data/validation.ipynb #d913d9f5
+# %% ../../nbs/api/data/validation.ipynb #0a8f77ee
 DRIFT_ROWS = 30  # below this many rows on either side nothing is compared
 
 
@@ -248,7 +248,7 @@ def drifted_columns(
     if not common:
         return [], 0
     report = detect_drift(reference[common], frame[common])
-    return report.drifted, len(common) - len(report.inconclusive)
+    return report.drifted, len(common)
 
 # %% ../../nbs/api/data/validation.ipynb #d2b0a952
 def validate(

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['init', 'WorkbenchError', 'output', 'secret', 'infer_contract', 'validate', 'profile', 'detect_drift', 'drift_report',
-           'evaluate', 'compare_models', 'check_fairness', 'load_ipython_extension']
+__all__ = ['Workbench', 'init', 'WorkbenchError', 'output', 'secret', 'infer_contract', 'validate', 'profile', 'detect_drift',
+           'drift_report', 'evaluate', 'compare_models', 'check_fairness', 'load_ipython_extension']
 
-# %% ../nbs/api/index.ipynb #2f118de2
+# %% ../nbs/api/index.ipynb #e59ef62f
 if TYPE_CHECKING:
     from mlops_workbench.data.inference import infer_contract
     from mlops_workbench.data.validation import validate
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from mlops_workbench.evaluation.fairness import check_fairness
     from mlops_workbench.pipelines.outputs import output
     from mlops_workbench.tracking.sessions import load_ipython_extension
+    from mlops_workbench.workbench import Workbench
     from mlops_workbench.workspace.folders import init
     from mlops_workbench.workspace.secrets import secret
 
     __version__: str
 
 _all_ = [
+    "Workbench",
     "init",
     "WorkbenchError",
     "output",
@@ -45,8 +47,9 @@ _all_ = [
     "load_ipython_extension",
 ]
 
-# %% ../nbs/api/index.ipynb #da853068
+# %% ../nbs/api/index.ipynb #c4152721
 _HOMES = {
+    "Workbench": "workbench",
     "init": "workspace.folders",
     "WorkbenchError": "errors",
     "output": "pipelines.outputs",

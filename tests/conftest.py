@@ -36,8 +36,12 @@ def postgres_url(postgres_server: Server) -> str:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.service)])
-def any_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def any_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a new, empty database: the test runs once on SQLite and once on PostgreSQL."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'events.db'}"
-    return request.getfixturevalue("postgres_server").new_database()
+        yield f"sqlite:///{tmp_path / 'events.db'}"
+        return
+    server: Server = request.getfixturevalue("postgres_server")
+    url = server.new_database()
+    yield url
+    server.drop_database(url)

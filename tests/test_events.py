@@ -87,7 +87,7 @@ json_values = st.recursive(
 @given(json_values)
 def test_canonical_json_survives_reading(value: object) -> None:
     assert canonical(parse_body(canonical(value))) == canonical(value)
-    assert json.loads(canonical(value)) == value
+    assert parse_body(canonical(value)) == value
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Edge:
     role: str | None
     event: str
 
-# %% ../../nbs/api/workspace/lineage.ipynb #ac98c050
+# %% ../../nbs/api/workspace/lineage.ipynb #59c9c7de
 def reachable(
     edges: Iterable[Edge],
     start: Iterable[str],  # where to begin
@@ -68,13 +68,13 @@ def depths(
     for _ in place:
         moved = False
         for edge in edges:
-            if place[edge.output] <= place[edge.input] < len(place):
+            if place[edge.output] <= place[edge.input] < len(place) - 1:
                 place[edge.output], moved = place[edge.input] + 1, True
         if not moved:
             break
     return place
 
-# %% ../../nbs/api/workspace/lineage.ipynb #02cbc840
+# %% ../../nbs/api/workspace/lineage.ipynb #d03af4b9
 _SHAPES = {
     "dataset": '[("{}")]',
     "model": '{{{{"{}"}}}}',
@@ -188,12 +188,14 @@ def _plain(label: str) -> str:
 
 
 def _positions(nodes: Iterable[str], edges: Iterable[Edge]) -> dict[str, tuple[float, float]]:
-    "A place for each node: its column, and an even spread within the column."
+    "A place for each node: its column, and an even spread within the column; every other column a little higher, so that long edges pass beside nodes."
     at = depths(nodes, edges)
     rows: dict[int, list[str]] = {}
     for node, x in at.items():
         rows.setdefault(x, []).append(node)
-    return {node: (x, (len(mine) - 1) / 2 - i) for x, mine in rows.items() for i, node in enumerate(mine)}
+    return {
+        node: (x, (len(mine) - 1) / 2 - i + 0.3 * (x % 2)) for x, mine in rows.items() for i, node in enumerate(mine)
+    }
 
 # %% ../../nbs/api/workspace/lineage.ipynb #92a04ad9
 def _collect(state: dict[str, Any], event: Event) -> dict[str, Any]:

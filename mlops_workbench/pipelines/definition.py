@@ -44,7 +44,7 @@ def read_duration(
         )
     return seconds
 
-# %% ../../nbs/api/pipelines/definition.ipynb #0f94a3ee
+# %% ../../nbs/api/pipelines/definition.ipynb #bad759f2
 @dataclass(frozen=True)
 class Step:
     "One notebook of a pipeline, and how it is connected."
@@ -57,6 +57,7 @@ class Step:
     cell_timeout: str | float | None = None  # for each cell
     kernel: str | None = None  # a Jupyter kernel name; None is the environment that runs the pipeline
     after: tuple[str, ...] = ()  # steps that must come first although no value flows
+    description: str = ""  # one sentence: what happens here, and why
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "after", tuple(self.after))
@@ -98,7 +99,7 @@ class Step:
             "timeout": self.timeout,
             "cell_timeout": self.cell_timeout,
         }
-        rest = {**plain, "kernel": self.kernel, "after": list(self.after)}
+        rest = {"description": self.description, **plain, "kernel": self.kernel, "after": list(self.after)}
         return {"notebook": self.notebook, **{k: v for k, v in rest.items() if v}}
 
 # %% ../../nbs/api/pipelines/definition.ipynb #896064e5

@@ -73,7 +73,7 @@ class _Reader:
             self.problems.append(type(e)(e.what, where=self.document.where(*path), fix=e.fix, **e.facts))
             return None
 
-# %% ../../nbs/api/pipelines/files.ipynb #122a80bd
+# %% ../../nbs/api/pipelines/files.ipynb #5f2e20f6
 def parse_pipeline(
     document: Document,  # the YAML as read
     folder: str | Path = ".",  # notebooks are relative to it
@@ -119,7 +119,9 @@ def _parameter(r: _Reader, name: str, value: Any) -> Parameter:
 
 def _step(r: _Reader, name: str, value: Any) -> Step:
     path = ("steps", name)
-    given = r.mapping(value, path, ("notebook", "parameters", "outputs", "timeout", "cell_timeout", "kernel", "after"))
+    given = r.mapping(
+        value, path, ("description", "notebook", "parameters", "outputs", "timeout", "cell_timeout", "kernel", "after")
+    )
     parameters = r.mapping(given.get("parameters"), (*path, "parameters"))
     sound = {k: v for k, v in parameters.items() if r.attempt((*path, "parameters", k), slots_in, v) is not None}
     outputs = {
@@ -137,11 +139,13 @@ def _step(r: _Reader, name: str, value: Any) -> Step:
         r.wrong((*path, "after"), "after is not a list of steps", "write after: [step]")
         after = []
     notebook = r.text(given.get("notebook"), (*path, "notebook"), required=True)
+    words = r.text(given.get("description"), (*path, "description"))
     return Step(
         name,
         notebook,
         sound,
         outputs,
+        description=words,
         kernel=r.text(given.get("kernel"), (*path, "kernel")) or None,
         after=tuple(after),
         **limits,

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from mlops_workbench.workspace.folders import Workspace
 
 # %% auto #0
-__all__ = ['PLAIN_BYTES', 'PACKED_BYTES', 'pack', 'unpack', 'RecordedContract', 'ContractMoved', 'recorded', 'ContractStore']
+__all__ = ['PLAIN_BYTES', 'PACKED_BYTES', 'pack', 'unpack', 'RecordedContract', 'Wording', 'ContractMoved', 'recorded',
+           'ContractStore']
 
 # %% ../../nbs/api/data/contract_store.ipynb #69188938
 PLAIN_BYTES, PACKED_BYTES = 32 * 1024, 56 * 1024
@@ -53,7 +54,7 @@ def unpack(
     "What `pack` packed."
     return str(body["yaml"]) if "yaml" in body else zlib.decompress(base64.b85decode(body["yaml_zlib"])).decode("utf-8")
 
-# %% ../../nbs/api/data/contract_store.ipynb #8f0588a8
+# %% ../../nbs/api/data/contract_store.ipynb #f6bac769
 @dataclass(frozen=True)
 class RecordedContract:
     "One recorded wording of a contract."
@@ -62,6 +63,15 @@ class RecordedContract:
     version: int
     contract: Contract
     text: str  # the file as it was, with its comments
+
+
+@dataclass(frozen=True)
+class Wording:
+    "A contract that is about to be used, recorded or not."
+
+    contract: Contract
+    text: str  # the file
+    seen: int = 0  # the last recorded version when it was read; 0: none
 
 
 class ContractMoved(Exception):
@@ -80,7 +90,7 @@ def recorded(
     reference = f"{event.subject}@{version}"
     return RecordedContract(reference, version, parse_contract(text, reference), text)
 
-# %% ../../nbs/api/data/contract_store.ipynb #e6e24585
+# %% ../../nbs/api/data/contract_store.ipynb #5ac023be
 class ContractStore:
     "The contracts of a workspace."
 
@@ -108,9 +118,10 @@ class ContractStore:
         event = self.workspace.events.last(subject=Reference("contract", name), kind="contract.saved")
         return recorded(event) if event is not None else None
 
-    def current(self, name: str) -> tuple[Contract, str] | None:
-        "The contract that holds now and its text: the file, or where there is none the last recorded version. None: there is no contract."
-        path = self.path(name)
+    def current(self, name: str) -> Wording | None:
+        "The contract that holds now: the file, or where there is none the last recorded version. None: there is no contract."
+        path, last = self.path(name), self.last(name)
+        number = last.version if last else 0
         if path.exists():
             contract = read_contract(path)
             if contract.name != name:
@@ -119,9 +130,8 @@ class ContractStore:
                     where=str(path),
                     fix=f"write 'name: {name}', or rename the file",
                 )
-            return contract, path.read_text(encoding="utf-8")
-        last = self.last(name)
-        return None if last is None else (last.contract, last.text)
+            return Wording(contract, path.read_text(encoding="utf-8"), number)
+        return None if last is None else Wording(last.contract, last.text, number)
 
     def get(self, reference: Any) -> RecordedContract:
         "A recorded version: `contract:loans@2`, or the last. Raises `UnknownReferenceError`."
@@ -135,21 +145,23 @@ class ContractStore:
             )
         return found[version]  # type: ignore[index]
 
-    def expected(self, contract: Contract) -> str:
+    def expected(self, wording: Wording) -> str:
         "The reference that `record` is going to give, unless somebody comes between."
-        last = self.last(contract.name)
-        same = last is not None and last.contract.digest == contract.digest
-        return f"contract:{contract.name}@{(last.version if last else 0) + (0 if same else 1)}"
+        last = self.last(wording.contract.name)
+        same = last is not None and last.contract.digest == wording.contract.digest
+        return f"contract:{wording.contract.name}@{wording.seen + (0 if same else 1)}"
 
-    def record(self, contract: Contract, text: str, connection: Connection | None = None) -> RecordedContract:
-        "The recorded version that says this; recorded now where the last one says something else. Raises `ContractMoved` after a race."
-        last = self.last(contract.name)
+    def record(self, wording: Wording, connection: Connection | None = None) -> RecordedContract:
+        "The recorded version that says this; recorded now where the last one says something else. Raises `ContractMoved` where another was recorded since this one was read."
+        contract, last = wording.contract, self.last(wording.contract.name)
         if last is not None and last.contract.digest == contract.digest:
             return last
         version = 1 if last is None else last.version + 1
+        if version != wording.seen + 1:
+            raise ContractMoved
         subject = Reference("contract", contract.name)
         self.workspace.authorise("contract.save", subject)
-        body = {"version": version, "digest": contract.digest, **pack(text)}
+        body = {"version": version, "digest": contract.digest, **pack(wording.text)}
         try:
             event = self.workspace.emit(
                 "contract.saved", subject, body, idempotency_key=f"{subject}@{version}", connection=connection
@@ -160,14 +172,14 @@ class ContractStore:
             raise
         return recorded(event)
 
-    def ensure_file(self, contract: Contract, text: str) -> Path:
+    def ensure_file(self, wording: Wording) -> Path:
         "Write the file where there is none; never over one. Raises `StorageError`."
-        path = self.path(contract.name)
+        path = self.path(wording.contract.name)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(wording.text, encoding="utf-8")
                 try:
                     os.link(temporary, path)  # fails where the file exists by now: whoever wrote it may be a person
                 except FileExistsError:

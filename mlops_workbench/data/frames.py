@@ -17,7 +17,7 @@ from ..errors import SourceError, did_you_mean
 __all__ = ['COLUMN_TYPES', 'column_type', 'without_categories', 'value_kinds', 'check_names', 'check_frame', 'check_types',
            'check_target']
 
-# %% ../../nbs/api/data/frames.ipynb #d7bed178
+# %% ../../nbs/api/data/frames.ipynb #e75daeac
 COLUMN_TYPES = ("boolean", "integer", "number", "string", "datetime", "date", "any")
 _INFERRED = {
     "string": "string", "empty": "string", "boolean": "boolean", "integer": "integer", "floating": "number", "decimal": "number",
@@ -36,7 +36,7 @@ def column_type(
         return "boolean"
     if pd.api.types.is_integer_dtype(dtype):
         return "integer"
-    if pd.api.types.is_float_dtype(dtype) or pd.api.types.is_complex_dtype(dtype):
+    if pd.api.types.is_float_dtype(dtype):
         return "number"
     if pd.api.types.is_datetime64_any_dtype(dtype):
         return "datetime"

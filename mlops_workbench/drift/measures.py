@@ -68,7 +68,7 @@ def population_stability_index(
     p, q = _two(reference, current, SMOOTHING)
     return np.asarray(((p - q) * np.log(p / q)).sum(-1))
 
-# %% ../../nbs/api/drift/measures.ipynb #aafb865f
+# %% ../../nbs/api/drift/measures.ipynb #9b7d4f7c
 def jensen_shannon(
     reference: Any,  # counts, (..., bins)
     current: Any,  # counts, (..., bins)
@@ -84,9 +84,9 @@ def hellinger(
     reference: Any,  # counts, (..., bins)
     current: Any,  # counts, (..., bins)
 ) -> np.ndarray:  # (...), 0 to 1
-    "Distance: sqrt(1 - sum sqrt(p q)) (Hellinger, 1909; Bhattacharyya, 1943)."
+    "Distance: sqrt(sum (sqrt p - sqrt q)² / 2), which is sqrt(1 - sum sqrt(p q)) (Hellinger, 1909; Bhattacharyya, 1943)."
     p, q = _two(reference, current)
-    return np.asarray(np.sqrt(np.maximum(1 - np.sqrt(p * q).sum(-1), 0.0)))
+    return np.asarray(np.sqrt(((np.sqrt(p) - np.sqrt(q)) ** 2).sum(-1) / 2))
 
 
 def total_variation(

@@ -33,7 +33,7 @@ __all__ = ['LAYOUT', 'metadata', 'states', 'names', 'schemas', 'versions', 'part
            'read_schema', 'select_versions', 'read_versions', 'find_row', 'find_version', 'parts_of', 'as_part',
            'live_part', 'Draft', 'name_id', 'insert_part', 'insert_version']
 
-# %% ../../nbs/api/workspace/catalog.ipynb #777c43e1
+# %% ../../nbs/api/workspace/catalog.ipynb #d8a2a817
 LAYOUT = 1  # of these tables
 metadata = MetaData()
 _big = sa.BigInteger()
@@ -81,7 +81,7 @@ erasures = Table(
     Column("values", Text), Column("begun_at", String(32), nullable=False), Column("finished_at", String(32)), Column("result", Text),
 )  # fmt: skip
 
-# %% ../../nbs/api/workspace/catalog.ipynb #0f88149f
+# %% ../../nbs/api/workspace/catalog.ipynb #69961b71
 @dataclass(frozen=True)
 class TableVersion:
     "One version of a table, as the catalog knows it."
@@ -136,7 +136,7 @@ class TableVersion:
         )
         return f"<b>{html.escape(head)}</b> {html.escape(notes)}<br><small>{columns}{' …' if len(self.schema) > 40 else ''}</small>"
 
-# %% ../../nbs/api/workspace/catalog.ipynb #cf9c682b
+# %% ../../nbs/api/workspace/catalog.ipynb #0105a234
 @dataclass(frozen=True)
 class Change:
     "One change of the catalog: its number and its time."
@@ -176,7 +176,7 @@ def begin_change(
     connection.execute(sa.update(states).where(states.c.id == 1).values(epoch=change.epoch, latest_time=change.at))
     return change
 
-# %% ../../nbs/api/workspace/catalog.ipynb #adecc081
+# %% ../../nbs/api/workspace/catalog.ipynb #f49034ae
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,199}")
 
 
@@ -219,7 +219,7 @@ def read_schema(
     "The schema that `save_schema` stored."
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(written)))
 
-# %% ../../nbs/api/workspace/catalog.ipynb #75624262
+# %% ../../nbs/api/workspace/catalog.ipynb #9a35c31f
 def _version(row: Any) -> TableVersion:
     return TableVersion(
         row.name, row.version, row.digest, read_schema(row.schema_text), json.loads(row.frame), row.rows, row.bytes, row.parts, json.loads(row.metadata),
@@ -291,7 +291,7 @@ def find_version(
         raise unknown_table(connection, name)
     return _version(row)
 
-# %% ../../nbs/api/workspace/catalog.ipynb #6e010afb
+# %% ../../nbs/api/workspace/catalog.ipynb #857ad151
 def parts_of(
     connection: Connection,
     name: str,
@@ -315,7 +315,7 @@ def live_part(connection: Connection, digest: str) -> Any | None:
         sa.select(parts).where(parts.c.digest == digest, parts.c.retired.is_(None)).limit(1)
     ).first()
 
-# %% ../../nbs/api/workspace/catalog.ipynb #ef79ccc2
+# %% ../../nbs/api/workspace/catalog.ipynb #fe0ee636
 @dataclass(frozen=True)
 class Draft:
     "What a writer wants the catalog to say about a new version."

@@ -25,7 +25,7 @@ from .parts import Part, scan
 # %% auto #0
 __all__ = ['SAMPLE', 'Side', 'hash_rows', 'TableDiff', 'compare_versions']
 
-# %% ../../nbs/api/workspace/differences.ipynb #30fdd5c8
+# %% ../../nbs/api/workspace/differences.ipynb #afb8586b
 def _mix(x: Any) -> Any:
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -71,7 +71,7 @@ def hash_rows(
             total = _mix(total + _hash_column(normal_array(column, column.type)) * np.uint64(2 * position + 3))
     return total
 
-# %% ../../nbs/api/workspace/differences.ipynb #db09bb69
+# %% ../../nbs/api/workspace/differences.ipynb #7cbc4693
 @dataclass(frozen=True)
 class TableDiff:
     "What changed from one version of a table to another."
@@ -196,7 +196,7 @@ def _rows_at(files: Files, version: TableVersion, parts: list[Part], positions: 
             break
     return (pa.concat_tables(found) if found else version.schema.empty_table()).to_pandas()
 
-# %% ../../nbs/api/workspace/differences.ipynb #bee6d058
+# %% ../../nbs/api/workspace/differences.ipynb #cd34da32
 def compare_versions(
     files: Files,
     a: Side,  # the earlier version and its parts

@@ -108,7 +108,7 @@ def write_part(
         digest, file, hashlib.sha256(data).hexdigest(), table.num_rows, data.size, {n: k for n, k in nulls.items() if k}
     )
 
-# %% ../../nbs/api/workspace/parts.ipynb #71a542d5
+# %% ../../nbs/api/workspace/parts.ipynb #bd4fe32e
 def _expression(filters: Any, schema: pa.Schema) -> Any:
     if filters is None or isinstance(filters, ds.Expression):
         return filters
@@ -180,5 +180,5 @@ def verify_part(files: Files, part: Part) -> None:
     )
     raise TableError(
         f"the part {part.digest[:12]} {state}", where=f"{files.where}/{part.file}",
-        fix="restore this one file from a backup: parts never change, so any backup that has it will do", part=part.digest, file=part.file, damaged=True,
+        fix="restore this one file from a backup (parts never change, so any backup that has it will do), or save the same data again", part=part.digest, file=part.file, damaged=True,
     )  # fmt: skip

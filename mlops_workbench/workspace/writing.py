@@ -30,13 +30,14 @@ from .parts import Part, name_part, scan, split, write_part
 __all__ = ['Commit', 'PartWriter', 'confirm_lease', 'open_writer', 'Base', 'read_base', 'merge_schemas', 'resume_digest', 'Moved',
            'Prepared', 'commit_version', 'read_base_version', 'prepare', 'rebase', 'write_version']
 
-# %% ../../nbs/api/workspace/writing.ipynb #38ddc24e
+# %% ../../nbs/api/workspace/writing.ipynb #2c784709
 class PartWriter:
     "Writes parts under a lease. `open_writer` makes one."
 
     def __init__(self, database: Database, files: Files, clock: Clock, lease: Lease):
         self.database, self.files, self.clock, self.lease = database, files, clock, lease
         self.written: list[str] = []  # files that this writer made
+        self.lost: dict[str, str] = {}  # digest -> the listed file that turned out to be lost
 
     def _claim(self, digest: str) -> Part | str:
         "A part with this content, or the name of the file to write, noted under the lease."
@@ -46,6 +47,8 @@ class PartWriter:
             found = live_part(connection, digest)
             if found is not None and self.files.size(found.file) == found.bytes:
                 return catalog.as_part(found)
+            if found is not None:
+                self.lost[digest] = found.file
             file = name_part(digest)
             connection.execute(sa.insert(pending).values(file=file, lease=self.lease.id))
             return file
@@ -57,6 +60,13 @@ class PartWriter:
             return claimed
         self.written.append(claimed)
         return write_part(self.files, claimed, table, digest)
+
+    def heal(self, connection: Connection, parts: Iterable[Part]) -> None:
+        "Let the catalog point to the new file of a part whose old one was lost."
+        for part in parts:
+            if part.digest in self.lost and part.file in self.written:
+                table, new = catalog.parts, {"file": part.file, "sha256": part.sha256, "bytes": part.bytes}
+                connection.execute(sa.update(table).where(table.c.file == self.lost[part.digest]).values(**new))
 
     def write_all(
         self,
@@ -285,7 +295,7 @@ def read_base_version(connection: Connection, name: str) -> TableVersion | None:
     row = catalog.find_row(connection, name)
     return None if row is None else catalog.find_version(connection, name, row.version)
 
-# %% ../../nbs/api/workspace/writing.ipynb #4d469754
+# %% ../../nbs/api/workspace/writing.ipynb #5db22f1e
 def prepare(
     writer: PartWriter,
     name: str,
@@ -340,6 +350,7 @@ def write_version(
                 with database.write() as connection:
                     change = begin_change(connection, clock)
                     confirm_lease(connection, writer.lease)
+                    writer.heal(connection, prepared.new)
                     version, created = commit_version(
                         connection, change, name, prepared, expected, dict(metadata or {})
                     )

@@ -22,7 +22,7 @@ from ..errors import StatisticsError
 __all__ = ['COLUMN_KINDS', 'frame_of', 'column_kind', 'numbers_of', 'quantile_edges', 'ColumnGrid', 'tally', 'column_grid',
            'Grid', 'make_grid']
 
-# %% ../../nbs/api/drift/grids.ipynb #6abbd49c
+# %% ../../nbs/api/drift/grids.ipynb #faeb3784
 def frame_of(
     data: Any,  # a DataFrame, a Series, a mapping of equally long arrays, or anything with `to_pandas()` (Arrow)
 ) -> pd.DataFrame:  # the same data, column names as text
@@ -52,7 +52,7 @@ def frame_of(
         )
     return data if names == list(data.columns) else data.set_axis(names, axis=1)
 
-# %% ../../nbs/api/drift/grids.ipynb #6acd1885
+# %% ../../nbs/api/drift/grids.ipynb #42aee277
 COLUMN_KINDS = ("number", "datetime", "boolean", "category", "text", "empty")
 _INFERRED = {
     "string": "category", "boolean": "boolean", "integer": "number", "floating": "number", "mixed-integer-float": "number",
@@ -87,7 +87,7 @@ def column_kind(
             )  # fmt: skip
     return "empty" if values.isna().all() else kind
 
-# %% ../../nbs/api/drift/grids.ipynb #5a78cb99
+# %% ../../nbs/api/drift/grids.ipynb #7ad0d8f3
 def numbers_of(
     values: pd.Series,  # one column
     kind: str,  # "number", "datetime" or "text"
@@ -128,7 +128,7 @@ def quantile_edges(
     below = max(float(np.nextafter(ordered[0], -np.inf)), float(-np.finfo(float).max))
     return tuple(np.unique(np.append(edges, below)).tolist()), complete
 
-# %% ../../nbs/api/drift/grids.ipynb #6078f24a
+# %% ../../nbs/api/drift/grids.ipynb #0bf907c0
 @dataclass(frozen=True)
 class ColumnGrid:
     "How one column is counted: edges for what has an order, names for categories, one extra bin for everything else."
@@ -156,7 +156,7 @@ class ColumnGrid:
             "complete": self.complete,
         }
 
-# %% ../../nbs/api/drift/grids.ipynb #ac9883fd
+# %% ../../nbs/api/drift/grids.ipynb #c12084cb
 _TRUTH = {False: "false", True: "true"}
 
 
@@ -201,7 +201,7 @@ def column_grid(
     edges, complete = quantile_edges(ordered, bins)
     return ColumnGrid(kind, edges=edges, complete=complete)
 
-# %% ../../nbs/api/drift/grids.ipynb #ccac95ea
+# %% ../../nbs/api/drift/grids.ipynb #1405adfa
 @dataclass(frozen=True)
 class Grid:
     "The bins of all columns of one reference; equal digests mean equal bins."
@@ -246,7 +246,7 @@ class Grid:
     def __repr__(self) -> str:
         return f"Grid({len(self.columns)} columns, {self.digest[:8]})"
 
-# %% ../../nbs/api/drift/grids.ipynb #b8088390
+# %% ../../nbs/api/drift/grids.ipynb #c59376b4
 def make_grid(
     reference: Any,  # the reference data, (rows, columns); see `frame_of`
     *,

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['NETWORK', 'Finding', 'Diagnosis', 'check_python', 'check_packages', 'check_kernel', 'check_disk', 'mount_type',
+__all__ = ['NETWORK', 'CheckUp', 'Diagnosis', 'check_python', 'check_packages', 'check_python_kernel', 'check_disk', 'mount_type',
            'check_store', 'check_layout', 'check_nbdev', 'check_events', 'diagnose']
 
-# %% ../../nbs/api/workspace/doctor.ipynb #e5b7ded9
+# %% ../../nbs/api/workspace/doctor.ipynb #777ae731
 @dataclass(frozen=True)
-class Finding:
+class CheckUp:
     "What one check found."
 
     check: str
@@ -45,7 +45,7 @@ class Finding:
 class Diagnosis:
     "All findings of one visit."
 
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckUp, ...]
 
     @property
     def ok(self) -> bool:
@@ -74,12 +74,12 @@ class Diagnosis:
         )
         return f"<table><thead><tr><th>status</th><th>check</th><th>found</th><th>what to do</th></tr></thead><tbody>{rows}</tbody></table>"
 
-# %% ../../nbs/api/workspace/doctor.ipynb #4e5279eb
-def check_python() -> Finding:
+# %% ../../nbs/api/workspace/doctor.ipynb #344dd0d3
+def check_python() -> CheckUp:
     "This interpreter against the supported range."
     found = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
-    return Finding(
+    return CheckUp(
         "Python",
         "ok" if supported else "failure",
         f"{found} at {sys.executable}",
@@ -87,7 +87,7 @@ def check_python() -> Finding:
     )
 
 
-def check_packages() -> Finding:
+def check_packages() -> CheckUp:
     "Every required package against the installed version."
     from packaging.requirements import Requirement
 
@@ -105,18 +105,18 @@ def check_packages() -> Finding:
             bad.append(f"{needed.name} {installed} is installed, {needed.specifier} is needed")
     version = metadata.version("mlops-workbench")
     if bad:
-        return Finding("packages", "failure", "; ".join(bad), "pip install --upgrade mlops-workbench")
-    return Finding("packages", "ok", f"mlops-workbench {version} and all it needs")
+        return CheckUp("packages", "failure", "; ".join(bad), "pip install --upgrade mlops-workbench")
+    return CheckUp("packages", "ok", f"mlops-workbench {version} and all it needs")
 
-# %% ../../nbs/api/workspace/doctor.ipynb #1609e4e6
-def check_kernel() -> Finding:
+# %% ../../nbs/api/workspace/doctor.ipynb #c493bd72
+def check_python_kernel() -> CheckUp:
     "The kernel that steps run in must be this interpreter's."
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     try:
         argv = KernelSpecManager().get_kernel_spec("python3").argv
     except NoSuchKernel:
-        return Finding(
+        return CheckUp(
             "kernel",
             "failure",
             "there is no kernel named python3",
@@ -125,30 +125,30 @@ def check_kernel() -> Finding:
     named = shutil.which(argv[0]) or argv[0]
     same = argv[0] == "python" or Path(named).absolute().parent == Path(sys.executable).absolute().parent
     if not same:
-        return Finding(
+        return CheckUp(
             "kernel",
             "warning",
             f"python3 is {named}, not {sys.executable}",
             f"{sys.executable} -m ipykernel install --sys-prefix",
         )
-    return Finding("kernel", "ok", f"python3 runs {sys.executable}")
+    return CheckUp("kernel", "ok", f"python3 runs {sys.executable}")
 
 
 def check_disk(
     root: Path,  # the workspace folder
     least: float = 1.0,  # gigabytes below which it warns
-) -> Finding:
+) -> CheckUp:
     "Free space where the workspace lies."
     free = shutil.disk_usage(root).free / 1e9
     if free < least / 10:
-        return Finding("disk", "failure", f"{free:.2f} GB free at {root}", "free some space")
+        return CheckUp("disk", "failure", f"{free:.2f} GB free at {root}", "free some space")
     if free < least:
-        return Finding(
+        return CheckUp(
             "disk", "warning", f"{free:.2f} GB free at {root}", "free some space, or move the artifacts to another disk"
         )
-    return Finding("disk", "ok", f"{free:.0f} GB free")
+    return CheckUp("disk", "ok", f"{free:.0f} GB free")
 
-# %% ../../nbs/api/workspace/doctor.ipynb #9a1287c9
+# %% ../../nbs/api/workspace/doctor.ipynb #8d4623b5
 NETWORK = (
     "nfs",
     "nfs4",
@@ -183,91 +183,95 @@ def check_store(
     root: Path,  # the workspace folder
     url: str,  # the database's URL, absolute
     mounts: list[tuple[str, str]] | None = None,  # as for `mount_type`
-) -> Finding:
+) -> CheckUp:
     "SQLite needs a local disk and a recent library; a server only needs to answer."
     if not url.startswith("sqlite"):
-        return Finding("store", "ok", "the database is on a server")
+        return CheckUp("store", "ok", "the database is on a server")
     kind = mount_type(Path(url.partition(":///")[2] or root), mounts)
     if kind in NETWORK:
         fix = "move the workspace to a local disk, or set [storage] database to a PostgreSQL URL"
-        return Finding("store", "failure", f"SQLite on a network drive ({kind}): its locks do not hold there", fix)
+        return CheckUp("store", "failure", f"SQLite on a network drive ({kind}): its locks do not hold there", fix)
     if sqlite3.sqlite_version_info < (3, 35):
-        return Finding(
+        return CheckUp(
             "store",
             "failure",
             f"SQLite {sqlite3.sqlite_version} is too old",
             "use a Python built with SQLite 3.35 or newer",
         )
-    return Finding("store", "ok", f"SQLite {sqlite3.sqlite_version} on {kind or 'a local disk'}")
+    return CheckUp("store", "ok", f"SQLite {sqlite3.sqlite_version} on {kind or 'a local disk'}")
 
-# %% ../../nbs/api/workspace/doctor.ipynb #0ba27a5f
-def check_layout(root: Path) -> Finding:
+# %% ../../nbs/api/workspace/doctor.ipynb #7984c591
+def check_layout(root: Path) -> CheckUp:
     "The state folder and its version."
     path = root / STATE / "layout.json"
     if not path.exists():
-        return Finding("layout", "ok", "not used yet; made at the first command")
+        return CheckUp("layout", "ok", "not used yet; made at the first command")
     try:
         found = json.loads(path.read_text())["layout"]
     except (OSError, ValueError, KeyError, TypeError):
-        return Finding(
+        return CheckUp(
             "layout",
             "failure",
             "layout.json is damaged",
             f'write {{"layout": {LAYOUT}}} into {path}, or restore a backup',
         )
     if found > LAYOUT:
-        return Finding(
+        return CheckUp(
             "layout",
             "failure",
             f"layout {found} is newer than this release ({LAYOUT})",
             "pip install --upgrade mlops-workbench",
         )
-    return Finding("layout", "ok", f"version {found}")
+    return CheckUp("layout", "ok", f"version {found}")
 
 
-def check_nbdev(root: Path) -> Finding:
+def check_nbdev(root: Path) -> CheckUp:
     "The table that keeps nbdev from taking settings.ini for its own."
     path = root / "pyproject.toml"
     try:
         tables = tomllib.loads(path.read_text()) if path.exists() else {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        return Finding("nbdev", "failure", f"pyproject.toml is not TOML: {e}", f"mend {path}")
+        return CheckUp("nbdev", "failure", f"pyproject.toml is not TOML: {e}", f"mend {path}")
     if "nbdev" not in tables.get("tool", {}):
         fix = (
             f"add the line [tool.nbdev] to {path}; without it nbdev refuses, and its migration would overwrite the file"
         )
-        return Finding("nbdev", "warning", "no [tool.nbdev] table beside settings.ini", fix)
-    return Finding("nbdev", "ok", "[tool.nbdev] is there")
+        return CheckUp("nbdev", "warning", "no [tool.nbdev] table beside settings.ini", fix)
+    return CheckUp("nbdev", "ok", "[tool.nbdev] is there")
 
 
-def check_events(root: Path) -> Finding:
+def check_events(root: Path) -> CheckUp:
     "The event chain opens and can be written."
     with Workspace(root) as workspace:
         head = workspace.events.head()
         with workspace.database.write():
             pass
-    return Finding("events", "ok", f"{head.seq} events, chain head {head.digest[:12]}")
+    return CheckUp("events", "ok", f"{head.seq} events, chain head {head.digest[:12]}")
 
-# %% ../../nbs/api/workspace/doctor.ipynb #1920dcaa
+# %% ../../nbs/api/workspace/doctor.ipynb #55100968
 def diagnose(
     path: Path | str | None = None,  # a folder in the workspace; as for `find_workspace`
 ) -> Diagnosis:
     "Examine the machine and, where there is one, the workspace."
 
-    def attempt(name: str, check: Callable[..., Finding], *args: Any) -> Finding:
+    def attempt(name: str, check: Callable[..., CheckUp], *args: Any) -> CheckUp:
         try:
             return check(*args)
         except WorkbenchError as e:
-            return Finding(name, "failure", e.what + (f" ({e.where})" if e.where else ""), e.fix)
+            return CheckUp(name, "failure", e.what + (f" ({e.where})" if e.where else ""), e.fix)
         except Exception as e:
-            return Finding(name, "failure", f"{type(e).__name__}: {e}", "run with --debug for the traceback")
+            return CheckUp(name, "failure", f"{type(e).__name__}: {e}", "run with --debug for the traceback")
 
-    found = [attempt("Python", check_python), attempt("packages", check_packages), attempt("kernel", check_kernel)]
+    found = [
+        attempt("Python", check_python),
+        attempt("packages", check_packages),
+        attempt("kernel", check_python_kernel),
+    ]
     try:
         root = find_workspace(path)
     except WorkbenchError as e:
-        return Diagnosis((*found, Finding("workspace", "warning", e.what + f" ({e.where})", e.fix)))
-    found.append(Finding("workspace", "ok", str(root)))
+        return Diagnosis((*found, CheckUp("workspace", "warning", e.what + f" ({e.where})", e.fix)))
+    found.append(CheckUp("workspace", "ok", str(root)))
     found += [
         attempt("disk", check_disk, root),
         attempt("layout", check_layout, root),
@@ -275,7 +279,7 @@ def diagnose(
     ]
     found.append(
         attempt(
-            "settings", lambda: Finding("settings", "ok", f"environment {load_settings(root).workbench.environment}")
+            "settings", lambda: CheckUp("settings", "ok", f"environment {load_settings(root).workbench.environment}")
         )
     )
     found.append(attempt("store", lambda: check_store(root, absolute_url(load_settings(root).storage.database, root))))

@@ -6,6 +6,7 @@ It listens on a Unix socket and on 127.0.0.1, on a free port, with a password ma
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pwd
@@ -52,10 +53,8 @@ def unprivileged() -> dict[str, Any]:
 
 
 def _die_with_parent() -> None:
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGQUIT)  # PR_SET_PDEATHSIG: also when the tests are killed
-    except (OSError, AttributeError):
-        pass
 
 
 class Server:

@@ -153,7 +153,7 @@ def test_tampering_is_found_and_named(store: EventStore, what: str) -> None:
 
 @pytest.mark.parametrize("at", [1, 6, COUNT])
 def test_an_older_anchor_pins_what_was_before_it(store: EventStore, at: int) -> None:
-    digest = [event for event in store.read()][at - 1].digest
+    digest = list(store.read())[at - 1].digest
     old = Anchor(at, digest, None)
     with store.database.write() as connection:
         rewrite_from_5(connection)
@@ -266,7 +266,7 @@ def test_a_changed_export_is_found(store: EventStore, tmp_path: Path, format: st
     lines = [json.loads(line) for line in (tmp_path / "good").read_text().splitlines()]
     cases = {
         "dropped": (lines[:4] + lines[5:], 5),
-        "reordered": (lines[:4] + [lines[5], lines[4]] + lines[6:], 5),
+        "reordered": ([*lines[:4], lines[5], lines[4], *lines[6:]], 5),
         "edited header": (edited(lines, "actor", "ben"), 5),
         "edited body": (edited(lines, "data" if cloud else "body", {"rows": 99, "note": "plain"}), 5),
         "truncated": (lines[:7], 8),
@@ -289,7 +289,7 @@ def test_a_changed_export_is_found(store: EventStore, tmp_path: Path, format: st
 
 anything = st.recursive(st.none() | st.integers() | st.text(max_size=9), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 names = ["seq", "id", "kind", "subject", "body", "salt", "digest", "specversion", "sequence", "type"]
-odd_lines = st.fixed_dictionaries({name: anything for name in names[:4]}, optional={name: anything for name in names[4:]}).map(lambda v: json.dumps(v).encode())
+odd_lines = st.fixed_dictionaries(dict.fromkeys(names[:4], anything), optional=dict.fromkeys(names[4:], anything)).map(lambda v: json.dumps(v).encode())
 
 
 @pytest.mark.fast

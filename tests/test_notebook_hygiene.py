@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -24,7 +25,7 @@ ALL = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" 
 STEPS = [p for p in ALL if (ROOT / "nbs" / "pipelines") in p.parents]
 
 CELL_LINES, CLASS_LINES = 60, 100  # an exported cell, one that holds a class: more is worth a warning
-CELL_CAP, CLASS_CAP, BODY_LINES = 110, 180, 50  # more than this fails; the last is for the body of one function
+CELL_CAP, CLASS_CAP, BODY_LINES = 110, 250, 50  # more than this fails; the last is for the body of one function
 WORDS_PER_LINE = 1.2  # of prose, for each exported line
 PRIVATE_PATHS = sorted({"/root/", "/work/", f"{Path.home()}/", f"{ROOT}/"} - {"//"})
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -174,9 +175,17 @@ def test_lessons_keep_up_with_exports(path: Path) -> None:
     assert 2 * lessons >= exports, f"{lessons} lessons for {exports} exported cells"
 
 
+@functools.cache
+def imported_elsewhere() -> frozenset[str]:
+    """Names that modules of the package import from each other: those have their lesson where they are put to use."""
+    files = (ROOT / "mlops_workbench").rglob("*.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return frozenset(alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names)
+
+
 @module
 def test_public_names_are_used(path: Path) -> None:
-    """Each public function and class appears in a visible cell after its definition: in a lesson, or in what builds on it."""
+    """Each public function and class appears in a visible cell after its definition, or is what another module builds on."""
     cells = read(path)
     unused = []
     for number, cell in enumerate(cells):
@@ -184,8 +193,8 @@ def test_public_names_are_used(path: Path) -> None:
             continue
         visible = "\n".join(c.source for c in cells[number:] if c.cell_type == "code" and "hide" not in directives(c))
         public = [s.name for s in tree(cell) if isinstance(s, DEFINITIONS) and not s.name.startswith("_")]
-        unused += [n for n in public if len(re.findall(rf"\b{n}\b", visible)) < 2 and path.stem != "errors"]
-    assert not unused
+        unused += [n for n in public if len(re.findall(rf"\b{n}\b", visible)) < 2 and n not in imported_elsewhere()]
+    assert path.stem == "errors" or not unused
 
 
 @every
@@ -217,6 +226,6 @@ def test_steps_are_declared_and_take_parameters(path: Path) -> None:
     for notebook in sorted(declared):
         tagged = [c for c in read(notebook) if "parameters" in c.metadata.get("tags", [])]
         assert len(tagged) == 1, name(notebook)
-        assert all(isinstance(s, ast.AnnAssign) for s in tree(tagged[0])), (
+        assert all(isinstance(s, (ast.AnnAssign, ast.Import, ast.ImportFrom)) for s in tree(tagged[0])), (
             f"{name(notebook)}: parameters need annotations, papermill takes types from them"
         )

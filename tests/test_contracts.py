@@ -117,6 +117,20 @@ def test_every_misspelt_table_rule_is_an_error(rule: str) -> None:
     assert caught.value.line == 3
 
 
+def test_a_repeated_key_is_an_error_at_every_level() -> None:
+    for good, line in (("name: loans\n", 3), ("{min_rows: 1", 3), ("  income: {type: number, min: 0, max: 10}\n", 6), ("type: string, ", 6)):
+        again = good.removeprefix("{") + (", " if good.startswith("{") else "")
+        with pytest.raises(ContractError, match="twice") as caught:
+            parse_contract(GOOD.replace(good, ("{" if good.startswith("{") else "") + again + again.removesuffix(", ") if good.startswith("{") else good + good))
+        assert caught.value.line == line
+
+
+def test_a_number_is_one_promise_however_it_is_written() -> None:
+    whole, real = (Contract("t", {"x": ColumnRules("number", min=low, max=high, max_missing=low)}) for low, high in ((0, 10), (0.0, 10.0)))
+    assert whole.digest == real.digest and whole.to_yaml() == real.to_yaml()
+    assert whole.digest != whole.amend("x", max=10.5).digest
+
+
 def test_files(tmp_path: Any) -> None:
     (tmp_path / "loans.yml").write_bytes(b"\xff\xfe\x00")
     for path in ("loans.yml", "lons.yml", "."):

@@ -26,7 +26,6 @@ from mlops_workbench.errors import (
     ContractError,
     NotAuthorisedError,
     ReferenceFormatError,
-    SourceError,
     TableError,
     UnknownReferenceError,
     WorkbenchError,
@@ -357,7 +356,7 @@ def consistent(workspace: Workspace) -> Datasets:
     datasets = Datasets(workspace)
     assert verify(workspace.events).ok
     versions = datasets.versions("shared")
-    saved = [e for e in workspace.events.read(kind="dataset.saved")]
+    saved = list(workspace.events.read(kind="dataset.saved"))
     assert [v.version for v in versions] == list(range(1, len(versions) + 1))
     assert [e.subject for e in saved] == [v.reference for v in versions] and [e.body["digest"] for e in saved if e.body] == [v.digest for v in versions]
     validated = [e.subject for e in workspace.events.read(kind="dataset.validated")]

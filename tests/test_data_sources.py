@@ -193,6 +193,16 @@ def test_an_error_of_a_database_does_not_give_the_password_away(monkeypatch: pyt
         read_source(Sql("secret:NOWHERE", "SELECT 1"))
 
 
+def test_what_a_database_says_is_stripped_of_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    def talkative(*args: Any, **kwargs: Any) -> sa.Engine:
+        raise sa.exc.OperationalError("SELECT 1", {}, Exception("login failed for user ana with hunter2\nmore"))
+
+    monkeypatch.setattr(sa, "create_engine", talkative)
+    with pytest.raises(SourceError, match=r"login failed for user \*\*\* with \*\*\*") as caught:
+        read_source(Sql("postgresql://ana:hunter2@db/bank", "SELECT 1"))
+    assert "more" not in str(caught.value)
+
+
 @pytest.mark.parametrize("query", ["SELECT * FROM t WHERE n = 'J. Doe'", "SELECT 'J. Doe''s'", "SELECT 1 -- J. Doe", "SELECT 1 /* J. Doe\n*/", "SELECT * FROM t WHERE ssn = 123456789", "SELECT $$J. Doe$$", r"SELECT 'a\'J. Doe'", "SELECT 'J. Doe"])
 def test_literals_are_not_kept(query: str) -> None:
     shown = mask_query(query)

@@ -64,7 +64,7 @@ def _value(node: yaml.Node, where: str) -> Any:
         raise _fail("this value is binary", where, node, "write text or a number")
     return value.isoformat().replace("+00:00", "Z") if isinstance(value, (date, datetime)) else value
 
-# %% ../../nbs/api/data/contract_files.ipynb #0ea52eff
+# %% ../../nbs/api/data/contract_files.ipynb #32333b1f
 _TOP = ("format", "name", "owner", "description", "table", "columns")
 
 
@@ -115,7 +115,7 @@ def parse_contract(
         rules = _mapping(top["table"], where, "table") if "table" in top else {}
         raise _fail(e.what, where, rules.get(e.facts.get("rule", ""), top["columns"]), e.fix, **e.facts) from None
 
-
+# %% ../../nbs/api/data/contract_files.ipynb #deb7725d
 def _text(node: yaml.Node, where: str, key: str) -> str:
     value = _value(node, where)
     if not isinstance(value, str):

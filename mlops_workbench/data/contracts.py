@@ -102,7 +102,7 @@ COLUMN_KEYS = (
     "pattern",
 )
 
-# %% ../../nbs/api/data/contracts.ipynb #9a1359ac
+# %% ../../nbs/api/data/contracts.ipynb #6a74b94a
 def check_rules(
     rules: ColumnRules,  # as written
 ) -> None:
@@ -143,7 +143,7 @@ def check_rules(
                 rule="pattern",
             ) from None
 
-
+# %% ../../nbs/api/data/contracts.ipynb #eb02c4db
 def _is_number(value: Any) -> bool:
     return (
         isinstance(value, (int, float))

@@ -15,7 +15,7 @@ from .identity import SigningKey, signature_holds
 # %% auto #0
 __all__ = ['ROLES', 'ACTIONS', 'Authority', 'Keyring']
 
-# %% ../../nbs/api/workspace/authority.ipynb #68ffe010
+# %% ../../nbs/api/workspace/authority.ipynb #ee6f0989
 ROLES = ("none", "reader", "contributor", "reviewer", "administrator")
 ACTIONS = {
     "contract.save": "contributor",
@@ -31,9 +31,10 @@ ACTIONS = {
     "run.track": "contributor",
     "table.collect": "administrator",
     "table.drop": "administrator",
+    "workspace.backup": "administrator",
 }
 
-# %% ../../nbs/api/workspace/authority.ipynb #512aa543
+# %% ../../nbs/api/workspace/authority.ipynb #7fc46aed
 class Authority:
     "The roles of a workspace, read from its events, and the one question before every change."
 
@@ -102,7 +103,7 @@ class Authority:
             )
         return self.events.append("role.granted", f"actor:{actor}", {"role": role}, actor=by)
 
-# %% ../../nbs/api/workspace/authority.ipynb #5ff757a6
+# %% ../../nbs/api/workspace/authority.ipynb #9395b9ac
 class Keyring:
     "The enrolled keys of a workspace, each vouched for by an administrator's signature up to the founder's own."
 

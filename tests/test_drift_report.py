@@ -76,6 +76,15 @@ def test_what_cannot_be_compared_is_left_out_with_the_reason(windows: tuple[pd.D
     assert set(report.to_frame().index) == {*WATCHED, "owner"}
 
 
+def test_infinite_values_count_as_missing(windows: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    reference, current = (w.reset_index(drop=True) for w in windows)
+    infinite = current.assign(obrat=current.obrat.where(current.index > 5, np.inf))
+    scores = [
+        drift_report(reference, f, columns=["obrat"]).to_frame() for f in (infinite, infinite.replace(np.inf, np.nan))
+    ]
+    assert scores[0].equals(scores[1])
+
+
 @pytest.mark.parametrize(
     ("call", "what"),
     [

@@ -54,7 +54,7 @@ def proportions_p(
     difference, pooled = a / n - b / m, hits / rows
     return float(special.chdtrc(1, difference**2 / (pooled * (1 - pooled) * (1 / n + 1 / m))))
 
-# %% ../../nbs/api/drift/checks.ipynb #2925c935
+# %% ../../nbs/api/drift/checks.ipynb #5b0ad92d
 def all_current_p(
     k: int,  # values that are all in the current window
     n: int,  # values of the reference
@@ -73,7 +73,7 @@ def all_current_p(
     )
     return float(np.exp(min(logarithm, 0.0)))
 
-# %% ../../nbs/api/drift/checks.ipynb #2d22f203
+# %% ../../nbs/api/drift/checks.ipynb #93d959bf
 def _share(x: float) -> str:
     return f"{100 * x:.3g} %"
 
@@ -104,7 +104,7 @@ def check_infinite(name: str, reference: ColumnProfile, current: ColumnProfile) 
     if infinite and not reference.positive_infinite + reference.negative_infinite:
         yield Finding(name, "infinite", f"{infinite:,} values are infinite, none in the reference", True)
 
-# %% ../../nbs/api/drift/checks.ipynb #a08b5d4a
+# %% ../../nbs/api/drift/checks.ipynb #c65e18be
 def check_categories(
     name: str, grid: ColumnGrid, reference: ColumnProfile, current: ColumnProfile
 ) -> Iterator[Finding]:
@@ -132,7 +132,7 @@ def check_categories(
             float(reference.counts[where[0]] / n),
         )
 
-# %% ../../nbs/api/drift/checks.ipynb #b53973a5
+# %% ../../nbs/api/drift/checks.ipynb #ff462536
 def check_range(name: str, grid: ColumnGrid, reference: ColumnProfile, current: ColumnProfile) -> Iterator[Finding]:
     "Values below the smallest or above the largest value of the reference."
     low, high = reference.moments.minimum, reference.moments.maximum

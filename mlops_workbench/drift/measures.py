@@ -16,9 +16,9 @@ from ..errors import StatisticsError, did_you_mean
 
 # %% auto #0
 __all__ = ['SMOOTHING', 'MEASURES', 'shares', 'kullback_leibler', 'population_stability_index', 'jensen_shannon', 'hellinger',
-           'total_variation', 'kolmogorov_smirnov', 'chi_squared', 'Measure', 'measure']
+           'total_variation', 'kolmogorov_smirnov', 'chi_squared', 'Measure', 'drift_measure']
 
-# %% ../../nbs/api/drift/measures.ipynb #81e46341
+# %% ../../nbs/api/drift/measures.ipynb #04b11ee5
 SMOOTHING = 0.5  # added to every bin before a logarithm is taken
 
 
@@ -118,7 +118,7 @@ def chi_squared(
     both = r + c
     return np.asarray(np.divide((ratio * r - c / ratio) ** 2, both, out=np.zeros(both.shape), where=both > 0).sum(-1))
 
-# %% ../../nbs/api/drift/measures.ipynb #a84c47f5
+# %% ../../nbs/api/drift/measures.ipynb #fdb4007d
 @dataclass(frozen=True)
 class Measure:
     "A function of two rows of counts, with its range, its source and what it is when nothing changed."
@@ -162,7 +162,7 @@ class Measure:
             return float(bins - 1)
         return float(min(((bins - 1) * noise / self.factor) ** (1 / self.power), self.upper))
 
-# %% ../../nbs/api/drift/measures.ipynb #c14695c4
+# %% ../../nbs/api/drift/measures.ipynb #578ee7b4
 _INFINITE = float("inf")
 MEASURES: dict[str, Measure] = {
     m.name: m
@@ -211,7 +211,7 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def measure(
+def drift_measure(
     name: str,  # a key of MEASURES
 ) -> Measure:
     "Look up a measure; raises `StatisticsError` with the nearest name."

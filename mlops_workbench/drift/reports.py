@@ -22,11 +22,7 @@ from ..errors import StatisticsError, did_you_mean
 # %% auto #0
 __all__ = ['comparable', 'EvidentlyReport', 'drift_report']
 
-# %% ../../nbs/api/drift/reports.ipynb #33ac1181
-def _prepared(values: pd.Series) -> pd.Series:
-    return values.replace([np.inf, -np.inf], np.nan) if pd.api.types.is_numeric_dtype(values) else values
-
-
+# %% ../../nbs/api/drift/reports.ipynb #8f39bbbd
 def comparable(
     reference: pd.DataFrame,
     current: pd.DataFrame,
@@ -89,7 +85,7 @@ class EvidentlyReport:
         skipped = f", {len(self.skipped)} left out" if self.skipped else ""
         return f"EvidentlyReport({len(self.to_frame())} columns{skipped}, {len(self.html) / 1e6:.1f} MB of HTML)"
 
-# %% ../../nbs/api/drift/reports.ipynb #d2d3ac8b
+# %% ../../nbs/api/drift/reports.ipynb #017bfd66
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -128,7 +124,6 @@ def drift_report(
             )
     if columns is not None:
         before, now = before[list(columns)], now[list(columns)]
-    before, now = before.apply(_prepared), now.apply(_prepared)
     numbers, categories, skipped = comparable(before, now)
     if not numbers and not categories:
         raise StatisticsError(

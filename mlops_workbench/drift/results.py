@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['BARS', 'VERDICTS', 'MOST_LINES', 'bars_of', 'column_figure', 'ColumnDrift', 'overview_figure', 'DriftResult']
 
-# %% ../../nbs/api/drift/results.ipynb #e8a34ef2
+# %% ../../nbs/api/drift/results.ipynb #8c290237
 BARS = 40
 
 
@@ -63,7 +63,7 @@ def bars_of(
         table[name] = table[name] / max(c.binned, 1)
     return table.reset_index(drop=True)
 
-# %% ../../nbs/api/drift/results.ipynb #5984673a
+# %% ../../nbs/api/drift/results.ipynb #212f039a
 _GREY, _BLUE, _RED, _AMBER = "#b8bec8", "#2c6fbb", "#c0392b", "#d9a441"
 
 
@@ -93,7 +93,7 @@ def column_figure(
     )  # fmt: skip
     return figure
 
-# %% ../../nbs/api/drift/results.ipynb #cbfdeff3
+# %% ../../nbs/api/drift/results.ipynb #e26586ac
 VERDICTS = ("drift", "small change", "no drift", "inconclusive")
 
 
@@ -123,7 +123,7 @@ class ColumnDrift:
             for k, v in asdict(self).items()
         }
 
-# %% ../../nbs/api/drift/results.ipynb #f3085a5d
+# %% ../../nbs/api/drift/results.ipynb #b87d0f9f
 _COLOURS = {"drift": _RED, "small change": _AMBER, "no drift": _BLUE, "inconclusive": _GREY}
 MOST_LINES = 40
 
@@ -162,7 +162,7 @@ def overview_figure(
     )  # fmt: skip
     return figure
 
-# %% ../../nbs/api/drift/results.ipynb #ebd21a15
+# %% ../../nbs/api/drift/results.ipynb #4845243b
 def _number(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
@@ -261,7 +261,7 @@ class DriftResult:
     def _repr_html_(self) -> str:
         return _result_html(self, self._ranked())
 
-# %% ../../nbs/api/drift/results.ipynb #1c2cc784
+# %% ../../nbs/api/drift/results.ipynb #bb14763c
 def _result_html(result: DriftResult, ranked: list[ColumnDrift]) -> str:
     def cells(c: ColumnDrift) -> str:
         numbers = (c.scores.get("psi"), c.by_chance.get("psi"), c.adjusted_p)

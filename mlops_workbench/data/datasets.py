@@ -29,7 +29,7 @@ from ..workspace.erasure import Erasure
 from ..workspace.references import Reference, parse_reference
 
 # %% auto #0
-__all__ = ['T', 'judge_batch', 'parents_of', 'verdict_body', 'Datasets']
+__all__ = ['T', 'judge_batch', 'parents_of', 'verdict_body', 'SavingHoldings', 'Datasets']
 
 # %% ../../nbs/api/data/datasets.ipynb #455628ca
 def judge_batch(
@@ -72,50 +72,12 @@ def verdict_body(
     return {"ok": verdict.ok, "contract": contract.reference, "rows": verdict.rows, "reference": reference, "failures": failures, "failure_count": len(verdict.failures),
             "drifted": None if verdict.drifted is None else list(verdict.drifted[:50])}  # fmt: skip
 
-# %% ../../nbs/api/data/datasets.ipynb #08ae9e54
+# %% ../../nbs/api/data/datasets.ipynb #2217e690
 T = TypeVar("T")
 
 
-class Datasets(Holdings):
-    "The datasets of a workspace: everything `Holdings` answers, and the verbs that change."
-
-    def save(
-        self,
-        name: str,  # such as "loans"
-        data: Any,  # a DataFrame, an Arrow table, a path, an fsspec URL, or `Sql(url, query)`
-        *,
-        target: str | None = None,  # the column to be learnt
-        owner: str | None = None,  # who answers for the data: a team or an actor's id, not a person's name
-        source: Source | None = None,  # provenance, where the data was read by other means
-        personal: Iterable[str] = (),  # columns that tell something about a person; for the first contract
-        tags: Iterable[str] = (),  # names for this version
-        parents: Iterable[Any] = (),  # references of what it was made from
-        enforce: bool = False,  # True: data that breaks its contract is not saved
-        append: bool = False,  # add the rows to the latest version
-        branch: str | None = None,  # save beside the main line, under this tag
-        activity: Any = None,  # the run or step that made it
-        read: Mapping[str, Any]
-        | None = None,  # options for `read_source`: encoding, sep, na_values, storage_options, …
-    ) -> Snapshot:
-        "Save a version. Raises `SourceError` for data that is none, `ContractError`, and `ContractBrokenError` with `enforce`."
-        subject = parse_reference(name, kind="dataset").at(None)
-        self.workspace.authorise("data.save", subject)
-        marks = [check_tag(t) for t in [*tags, *([branch] if branch else [])]]
-        frame, origin = read_source(
-            data, clock=self.workspace.clock, owner=owner, root=self.workspace.root, **(read or {})
-        )
-        origin = source or origin
-        if target is not None:
-            check_target(frame, target, str(subject))
-        facts = {
-            "target": target,
-            "owner": owner,
-            "branch": branch,
-            "source": origin.to_dict(),
-            "parents": parents_of(data, [self._fixed(p) for p in parents], origin),
-        }
-        plan = (subject.name, frame, facts, list(personal), marks, enforce, append, activity)
-        return self._settled(subject.name, lambda: self._save(*plan))
+class SavingHoldings(Holdings):
+    "Holdings with the machinery of saving; `Datasets` has the verbs."
 
     def _save(
         self,
@@ -183,11 +145,6 @@ class Datasets(Holdings):
         for tag in marks:
             self._mark(name, tag, version.version, connection)
 
-    def _fixed(self, parent: Any) -> Reference:
-        "A parent's reference; a dataset's alias is looked up."
-        reference = parse_reference(parent)
-        return self.resolve(reference) if reference.kind == "dataset" else reference
-
     def _wording(self, name: str, frame: pd.DataFrame, owner: str | None, personal: list[str]) -> Wording:
         found = self.contracts.current(name)
         if found is not None:
@@ -207,6 +164,72 @@ class Datasets(Holdings):
                 where=f"dataset:{name}", fix="load the version you mean, add the rows with pandas.concat, and save that",
             )  # fmt: skip
 
+    def _fixed(self, parent: Any) -> Reference:
+        "A parent's reference; a dataset's alias is looked up."
+        reference = parse_reference(parent)
+        return self.resolve(reference) if reference.kind == "dataset" else reference
+
+    def _settled(self, name: str, work: Callable[[], T]) -> T:
+        "Do a piece of work that rests on the contract; again where somebody recorded another contract meanwhile."
+        for _ in range(20):
+            try:
+                return work()
+            except ContractMoved:
+                continue
+        raise StorageError(
+            "the contract changes faster than data can be checked",
+            where=str(self.contracts.path(name)),
+            fix="try again",
+        )
+
+    def _mark(self, name: str, tag: str, version: int | None, connection: Connection | None = None) -> None:
+        if self.tags(name).get(tag) != version:
+            self.workspace.emit(
+                "dataset.tagged", Reference("dataset", name), {"tag": tag, "version": version}, connection=connection
+            )
+
+# %% ../../nbs/api/data/datasets.ipynb #6c69fb13
+class Datasets(SavingHoldings):
+    "The datasets of a workspace: everything `Holdings` answers, and the verbs that change."
+
+    def save(
+        self,
+        name: str,  # such as "loans"
+        data: Any,  # a DataFrame, an Arrow table, a path, an fsspec URL, or `Sql(url, query)`
+        *,
+        target: str | None = None,  # the column to be learnt
+        owner: str | None = None,  # who answers for the data: a team or an actor's id, not a person's name
+        source: Source | None = None,  # provenance, where the data was read by other means
+        personal: Iterable[str] = (),  # columns that tell something about a person; for the first contract
+        tags: Iterable[str] = (),  # names for this version
+        parents: Iterable[Any] = (),  # references of what it was made from
+        enforce: bool = False,  # True: data that breaks its contract is not saved
+        append: bool = False,  # add the rows to the latest version
+        branch: str | None = None,  # save beside the main line, under this tag
+        activity: Any = None,  # the run or step that made it
+        read: Mapping[str, Any]
+        | None = None,  # options for `read_source`: encoding, sep, na_values, storage_options, …
+    ) -> Snapshot:
+        "Save a version. Raises `SourceError` for data that is none, `ContractError`, and `ContractBrokenError` with `enforce`."
+        subject = parse_reference(name, kind="dataset").at(None)
+        self.workspace.authorise("data.save", subject)
+        marks = [check_tag(t) for t in [*tags, *([branch] if branch else [])]]
+        frame, origin = read_source(
+            data, clock=self.workspace.clock, owner=owner, root=self.workspace.root, **(read or {})
+        )
+        origin = source or origin
+        if target is not None:
+            check_target(frame, target, str(subject))
+        facts = {
+            "target": target,
+            "owner": owner,
+            "branch": branch,
+            "source": origin.to_dict(),
+            "parents": parents_of(data, [self._fixed(p) for p in parents], origin),
+        }
+        plan = (subject.name, frame, facts, list(personal), marks, enforce, append, activity)
+        return self._settled(subject.name, lambda: self._save(*plan))
+
     def tag(self, reference: Any, tag: str) -> Snapshot:
         "Give a version a name, or move the name here."
         found = self.resolve(reference)
@@ -223,12 +246,6 @@ class Datasets(Holdings):
             )
         self.workspace.authorise("data.tag", Reference("dataset", name))
         self._mark(name, tag, None)
-
-    def _mark(self, name: str, tag: str, version: int | None, connection: Connection | None = None) -> None:
-        if self.tags(name).get(tag) != version:
-            self.workspace.emit(
-                "dataset.tagged", Reference("dataset", name), {"tag": tag, "version": version}, connection=connection
-            )
 
     def validate(self, reference: Any, *, enforce: bool = True) -> Validation:
         "Hold a version against its contract as it is now and record the verdict. Raises `ContractBrokenError` unless `enforce=False`."
@@ -264,19 +281,6 @@ class Datasets(Holdings):
                 "dataset.validated", found, verdict_body(verdict, kept, compared), connection=connection
             )
         return verdict
-
-    def _settled(self, name: str, work: Callable[[], T]) -> T:
-        "Do a piece of work that rests on the contract; again where somebody recorded another contract meanwhile."
-        for _ in range(20):
-            try:
-                return work()
-            except ContractMoved:
-                continue
-        raise StorageError(
-            "the contract changes faster than data can be checked",
-            where=str(self.contracts.path(name)),
-            fix="try again",
-        )
 
     def register(
         self,

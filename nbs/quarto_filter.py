@@ -34,6 +34,8 @@ def links() -> dict[str, str]:
     index = ast.literal_eval((ROOT / "mlops_workbench" / "_modidx.py").read_text(encoding="utf-8").split("d = ", 1)[1])
     found: dict[str, set[str]] = {}
     for module, symbols in index["syms"].items():
+        if module == "mlops_workbench.cli":  # commands have the names of what they call
+            continue
         for symbol, (page, _) in symbols.items():
             name = symbol.removeprefix(f"{module}.")
             target = f"/nbs/{page}".replace(".html#", ".ipynb#")

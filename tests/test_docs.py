@@ -113,12 +113,12 @@ def test_a_page_comes_after_those_it_builds_on() -> None:
 
 
 def test_public_names_are_unique() -> None:
-    """A name in backticks means one thing, wherever it stands."""
+    """A name in backticks means one thing, wherever it stands. Commands bear the names of what they call: no page links to them."""
     homes: dict[str, list[str]] = {}
     for module, symbols in modidx()["syms"].items():
         for symbol in symbols:
             name = symbol.removeprefix(f"{module}.")
-            if "." not in name and not name.startswith("_"):
+            if "." not in name and not name.startswith("_") and module != "mlops_workbench.cli":
                 homes.setdefault(name, []).append(module)
     assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
 

@@ -23,7 +23,7 @@ from sklearn import metrics as sk
 
 from mlops_workbench.evaluation.classification import BINARY
 from mlops_workbench.evaluation.intervals import percentile_interval, replicates
-from mlops_workbench.evaluation.metrics import measure
+from mlops_workbench.evaluation.metrics import measure_metrics
 from mlops_workbench.evaluation.predictions import Predictions, read_predictions
 
 
@@ -70,7 +70,7 @@ def largest_difference(p: Predictions) -> float:
     rng, worst = np.random.default_rng(1), 0.0
     for _ in range(5):
         rows = rng.integers(0, p.n, p.n)
-        ours = measure(p, BINARY, np.bincount(rows, minlength=p.n))[0]
+        ours = measure_metrics(p, BINARY, np.bincount(rows, minlength=p.n))[0]
         theirs = sklearn_metrics(p.y[rows], p.predicted[rows], p.scores[rows])
         worst = max(worst, float(np.abs(ours - np.array(theirs)).max()))
     return worst

@@ -26,7 +26,7 @@ from mlops_workbench.evaluation.intervals import (
     replicates,
     resample_weights,
 )
-from mlops_workbench.evaluation.metrics import Metric, find_metric, measure
+from mlops_workbench.evaluation.metrics import Metric, find_metric, measure_metrics
 from mlops_workbench.evaluation.predictions import Predictions, read_predictions
 from mlops_workbench.evaluation.regression import REGRESSION
 
@@ -35,7 +35,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def values(p: Predictions, metrics: tuple[Metric, ...], weights: np.ndarray | None = None) -> dict[str, float]:
-    return dict(zip([m.name for m in metrics], measure(p, metrics, weights)[0].tolist(), strict=True))
+    return dict(zip([m.name for m in metrics], measure_metrics(p, metrics, weights)[0].tolist(), strict=True))
 
 
 @st.composite
@@ -168,9 +168,9 @@ def test_directions_are_right(metric: str) -> None:
             read_predictions(y + d, None, y, task="regression")
             for d in (rng.normal(0, 0.01, 200), rng.exponential(2, 200))
         )
-    gain = found.gain(measure(worst, [found])[0, 0], measure(best, [found])[0, 0])
+    gain = found.gain(measure_metrics(worst, [found])[0, 0], measure_metrics(best, [found])[0, 0])
     assert gain > 0
-    assert found.low <= measure(best, [found])[0, 0] <= found.high
+    assert found.low <= measure_metrics(best, [found])[0, 0] <= found.high
 
 
 # intervals

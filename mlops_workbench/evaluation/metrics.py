@@ -16,7 +16,7 @@ from ..errors import StatisticsError, did_you_mean
 from .predictions import Predictions
 
 # %% auto #0
-__all__ = ['group_sums', 'Ranking', 'Basis', 'Weighted', 'Metric', 'measure', 'find_metric']
+__all__ = ['group_sums', 'Ranking', 'Basis', 'Weighted', 'Metric', 'measure_metrics', 'find_metric']
 
 # %% ../../nbs/api/evaluation/metrics.ipynb #88d4eca2
 def group_sums(
@@ -32,7 +32,7 @@ def group_sums(
         sums[:, block] = weights @ (codes[:, None] == block).astype(float)
     return sums
 
-# %% ../../nbs/api/evaluation/metrics.ipynb #65e8be4f
+# %% ../../nbs/api/evaluation/metrics.ipynb #28e0915c
 class Ranking:
     "Rows sorted once by score, for ROC AUC and average precision under many weightings."
 
@@ -176,8 +176,8 @@ class Metric:
         b, a = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
         return a - b if self.better == "higher" else b - a if self.better == "lower" else np.abs(b) - np.abs(a)
 
-# %% ../../nbs/api/evaluation/metrics.ipynb #2eb07f0d
-def measure(
+# %% ../../nbs/api/evaluation/metrics.ipynb #960adf87
+def measure_metrics(
     predictions: Predictions | Basis,  # pass a Basis to use its sort again
     metrics: Sequence[Metric],  # what to compute
     weights: np.ndarray | None = None,  # (B, n) non-negative; None: every row once
@@ -199,7 +199,7 @@ def measure(
         columns = [undefined if m.reason(basis.predictions) else m.compute(weighted) for m in metrics]
     return np.column_stack(columns) if columns else np.empty((len(table), 0))
 
-# %% ../../nbs/api/evaluation/metrics.ipynb #70a3aefe
+# %% ../../nbs/api/evaluation/metrics.ipynb #d0b038d7
 def find_metric(
     name: str,  # e.g. "roc_auc"
     metrics: Sequence[Metric],  # the set of the task

@@ -62,7 +62,7 @@ def _no_zeros(p: Predictions) -> str:
 def _no_spread(p: Predictions) -> str:
     return "all true values are equal, so there is no variance to explain" if np.ptp(p.y) == 0 else ""
 
-# %% ../../nbs/api/evaluation/regression.ipynb #9b8724d4
+# %% ../../nbs/api/evaluation/regression.ipynb #b07f0572
 _INF = np.inf
 
 REGRESSION: tuple[Metric, ...] = (

@@ -226,6 +226,8 @@ def test_steps_are_declared_and_take_parameters(path: Path) -> None:
     for notebook in sorted(declared):
         tagged = [c for c in read(notebook) if "parameters" in c.metadata.get("tags", [])]
         assert len(tagged) == 1, name(notebook)
+        split = [s.lineno for s in tree(tagged[0]) if s.lineno != s.end_lineno]
+        assert not split, f"{name(notebook)}: papermill reads parameters line by line; shorten lines {split}"
         assert all(isinstance(s, (ast.AnnAssign, ast.Import, ast.ImportFrom)) for s in tree(tagged[0])), (
             f"{name(notebook)}: parameters need annotations, papermill takes types from them"
         )

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 from mlops_workbench.tracking import environments, revisions
-from mlops_workbench.tracking.environments import capture_environment, installed_packages, model_requirements, visible_seeds
+from mlops_workbench.tracking.environments import (
+    capture_environment,
+    installed_packages,
+    model_requirements,
+    visible_seeds,
+)
 from mlops_workbench.tracking.redaction import Redactor
 from mlops_workbench.tracking.revisions import git_revision
 from mlops_workbench.tracking.usage import UsageMeter

@@ -20,7 +20,7 @@ from .redaction import Redactor
 __all__ = ['LARGEST_CELL', 'ExecutedCell', 'SessionRecorder', 'record_session', 'hidden_state', 'session_notebook', 'warn_once',
            'keep_session']
 
-# %% ../../nbs/api/tracking/cells.ipynb #f43f1a78
+# %% ../../nbs/api/tracking/cells.ipynb #6e700f6d
 @dataclass(frozen=True)
 class ExecutedCell:
     "One execution of a cell."
@@ -36,29 +36,33 @@ class SessionRecorder:
     "Listens to an IPython shell. Made once per shell by `record_session`."
 
     def __init__(self, shell: Any):
-        self.shell, self._started = shell, 0.0
+        self.shell, self._running, self._started = shell, "", 0.0
         self._seen: dict[int, dict[str, Any]] = {}
         shell.events.register("pre_run_cell", self._before)
         shell.events.register("post_run_cell", self._after)
 
     def _before(self, info: Any) -> None:
-        self._started = time.perf_counter()
-        if info.store_history:
-            self._seen[self.shell.execution_count] = {"cell_id": getattr(info, "cell_id", None) or ""}
+        if info.store_history:  # the number is not final here: versions of IPython count at different moments
+            self._running, self._started = getattr(info, "cell_id", None) or "", time.perf_counter()
 
     def _after(self, result: Any) -> None:
-        seen = self._seen.get(result.execution_count or 0)
-        if seen is not None:
+        if result.info.store_history and result.execution_count:
             error = result.error_before_exec or result.error_in_exec
-            seen |= {"seconds": time.perf_counter() - self._started, "error": type(error).__name__ if error else ""}
+            facts = {
+                "cell_id": self._running,
+                "seconds": time.perf_counter() - self._started,
+                "error": type(error).__name__ if error else "",
+            }
+            self._seen[result.execution_count], self._running = facts, ""
 
     def cells(self) -> list[ExecutedCell]:
         "All executions so far, the running one included, in order."
         sources = self.shell.history_manager.input_hist_raw
+        now = {len(sources) - 1: {"cell_id": self._running}}
         return [
-            ExecutedCell(count, source, **self._seen.get(count, {}))
-            for count, source in enumerate(sources)
-            if count and source.strip()
+            ExecutedCell(n, source, **self._seen.get(n, now.get(n, {})))
+            for n, source in enumerate(sources)
+            if n and source.strip()
         ]
 
     def stop(self) -> None:
@@ -135,8 +139,9 @@ def session_notebook(
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return redactor.notebook({"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}, "cells": listed})
 
-# %% ../../nbs/api/tracking/cells.ipynb #19baf722
+# %% ../../nbs/api/tracking/cells.ipynb #34b26086
 _warned: set[str] = set()
+_kept: set[str] = set()  # runs that have their session already
 
 
 def warn_once(
@@ -157,7 +162,7 @@ def keep_session(
     "Store the session's cells as `session.ipynb` of the run. Never raises."
     try:
         recorder = None if os.environ.get("MLWB_STEP") else record_session()
-        if recorder is None or tags().get("mlflow.parentRunId"):
+        if recorder is None or run_id in _kept or tags().get("mlflow.parentRunId"):
             return False
         text = json.dumps(session_notebook(recorder.cells(), redactor), indent=1, ensure_ascii=False)
         if write is None:
@@ -166,6 +171,7 @@ def keep_session(
             mlflow.MlflowClient().log_text(run_id, text, "session.ipynb")
         else:
             write(text, "session.ipynb")
+        _kept.add(run_id)
         return True
     except Exception as e:
         warn_once(

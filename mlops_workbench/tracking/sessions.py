@@ -21,7 +21,7 @@ from ..workspace.folders import Workspace
 # %% auto #0
 __all__ = ['read_track_line', 'UntrackedRun', 'run_body', 'Session', 'load_ipython_extension', 'unload_ipython_extension']
 
-# %% ../../nbs/api/tracking/sessions.ipynb #9c1fce08
+# %% ../../nbs/api/tracking/sessions.ipynb #b984ba07
 class _Options(argparse.ArgumentParser):
     "An argument parser that raises instead of ending the kernel."
 
@@ -35,7 +35,7 @@ class _Options(argparse.ArgumentParser):
 
 def _options() -> _Options:
     parser = _Options(prog="%%track", add_help=False)
-    parser.add_argument("name")
+    parser.add_argument("name", nargs="+")
     parser.add_argument("--data", action="append", default=[])
     parser.add_argument("--param", action="append", default=[])
     parser.add_argument("--tag", action="append", default=[])
@@ -56,7 +56,7 @@ def read_track_line(
     found = _options().parse_args(words)
     pairs = {kind: dict(_pair(kind, text) for text in getattr(found, kind)) for kind in ("param", "tag")}
     data = [variables[d] if d.isidentifier() and d in variables else d for d in found.data]
-    return {"name": found.name, "data": data[0] if len(data) == 1 else data or None, "parameters": {k: _literal(v) for k, v in pairs["param"].items()},
+    return {"name": " ".join(found.name), "data": data[0] if len(data) == 1 else data or None, "parameters": {k: _literal(v) for k, v in pairs["param"].items()},
             "tags": pairs["tag"], "seed": found.seed, "description": found.description}  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -45,7 +46,7 @@ def local(tmp_path: Path) -> TableStore:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_ROWS", parts.BLOCK)
+    monkeypatch.setattr(parts, "PART_ROWS", parts.BLOCK_ROWS)
 
 
 def numbers(*values: Any) -> pa.Table:
@@ -82,7 +83,7 @@ def test_grown_and_whole_are_one_content(store: TableStore, small_parts: None) -
     rng = np.random.default_rng(1)
     whole = pa.table({"x": rng.random(40_000), "s": pa.array(rng.choice(["a", "b", None], 40_000))})
     cuts = [0, 3, 9_000, 9_001, 25_000, 40_000]
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         store.write("grown", whole.slice(a, b - a), mode="append")
     assert store.version("grown").digest == content_digest(whole)
     assert store.write("grown", whole).version == len(cuts) - 1
@@ -96,7 +97,7 @@ def test_appends_share_parts(store: TableStore) -> None:
     files = [[p.file for p in store.parts("log", v)] for v in range(1, 7)]
     assert all(files[i] == files[5][: i + 1] for i in range(6)) and len(listed(store)) == 6
     with store.database.read() as connection:
-        assert connection.execute(sa.select(sa.func.count()).select_from(catalog.members)).scalar() == 6
+        assert connection.execute(sa.select(sa.func.count()).select_from(catalog.members_table)).scalar() == 6
 
 
 def test_a_longer_table_shares_its_first_parts(store: TableStore, small_parts: None) -> None:
@@ -326,7 +327,7 @@ def test_erasing_a_whole_part_and_types(store: TableStore) -> None:
     with pytest.raises(TableError, match="no table"):
         store.erase("u", "id", [1])
     with store.database.read() as connection:
-        assert connection.execute(sa.select(sa.func.count()).select_from(catalog.erasures).where(catalog.erasures.c.finished_at.is_(None))).scalar() == 0
+        assert connection.execute(sa.select(sa.func.count()).select_from(catalog.erasures_table).where(catalog.erasures_table.c.finished_at.is_(None))).scalar() == 0
 
 
 def test_an_append_beside_an_erasure_is_erased_too(store: TableStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +446,7 @@ def test_object_store(any_database_url: str, tmp_path: Path) -> None:
 
 def test_a_catalog_of_a_newer_layout_is_refused(store: TableStore) -> None:
     with store.database.write() as connection:
-        connection.execute(sa.update(catalog.states).values(layout=catalog.LAYOUT + 1))
+        connection.execute(sa.update(catalog.state_table).values(layout=catalog.CATALOG_LAYOUT + 1))
     with pytest.raises(WorkspaceError, match="layout 2"):
         TableStore(store.database, store.files, store.clock)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import struct
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from mlops_workbench.errors import SourceError
 from mlops_workbench.workspace import digests
 from mlops_workbench.workspace.digests import ContentDigest, content_digest, normal_type, type_name
-from mlops_workbench.workspace.frames import incoming, restore
+from mlops_workbench.workspace.frames import incoming, restore_frame
 
 pytestmark = pytest.mark.fast
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -30,7 +31,7 @@ QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 8 rows, so that small examples have many of them. Golden digests set their own."""
-    monkeypatch.setattr(digests, "BLOCK", 8)
+    monkeypatch.setattr(digests, "BLOCK_ROWS", 8)
 
 
 LEAVES: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
@@ -80,7 +81,7 @@ def arrow_tables(draw: st.DrawFn, min_rows: int = 0, min_columns: int = 1) -> pa
 
 def rechunked(table: pa.Table, cuts: list[int]) -> pa.Table:
     bounds = sorted({0, table.num_rows, *(c % (table.num_rows + 1) for c in cuts)})
-    pieces = [table.slice(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [table.slice(a, b - a) for a, b in itertools.pairwise(bounds)]
     return pa.concat_tables(pieces) if pieces else table
 
 
@@ -160,7 +161,7 @@ def test_any_changed_value_has_another_digest(table: pa.Table, data: st.DataObje
     assume(not pa.types.is_null(kind))
     row = data.draw(st.integers(0, table.num_rows - 1))
     cells = table.column(column).to_pylist()
-    other = data.draw(st.sampled_from([c for c in [*cells, None]]))
+    other = data.draw(st.sampled_from([*cells, None]))
     assume(not same(other, cells[row]))
     cells[row] = other
     changed = table.set_column(column, table.field(column), pa.array(cells, kind))
@@ -192,7 +193,7 @@ def test_put_down_and_taken_up(table: pa.Table, at: int, cuts: list[int]) -> Non
     at %= table.num_rows + 1
     first = ContentDigest(table.schema)
     first.update(table.slice(0, at))
-    rest = at % digests.BLOCK
+    rest = at % digests.BLOCK_ROWS
     plain = pa.table([digests.normal_array(table.column(i), normal_type(f.type)) for i, f in enumerate(table.schema)], names=table.column_names)
     second = ContentDigest.resume(table.schema, json.loads(json.dumps(first.state())), plain.slice(at - rest, rest))
     second.update(rechunked(table.slice(at), cuts))
@@ -213,7 +214,7 @@ def test_extending_is_updating(table: pa.Table, size: int) -> None:
 
 def test_golden_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     """These are stored in catalogs and audit trails: they may never change, whatever pyarrow does."""
-    monkeypatch.setattr(digests, "BLOCK", 8192)
+    monkeypatch.setattr(digests, "BLOCK_ROWS", 8192)
     n = 20_000
     table = pa.table(
         {
@@ -273,7 +274,7 @@ def test_frames_come_back(cells: dict[str, list[Any]], index: list[str] | None) 
     arrived = incoming(frame)
     stored = io.BytesIO()
     pq.write_table(pa.concat_tables(arrived.tables), stored)
-    back = restore(pq.read_table(stored), arrived.frame).to_pandas()
+    back = restore_frame(pq.read_table(stored), arrived.frame).to_pandas()
     pd.testing.assert_frame_equal(back, frame)
 
 

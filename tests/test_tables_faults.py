@@ -36,7 +36,7 @@ def open_store(folder: Path) -> TableStore:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TableStore:
-    monkeypatch.setattr(parts, "PART_ROWS", parts.BLOCK)
+    monkeypatch.setattr(parts, "PART_ROWS", parts.BLOCK_ROWS)
     return open_store(tmp_path)
 
 
@@ -46,8 +46,8 @@ def rows(count: int, seed: int = 0) -> pa.Table:
 
 def assert_clean(store: TableStore) -> None:
     with store.database.read() as connection:
-        known = set(connection.execute(sa.select(catalog.parts.c.file)).scalars())
-        assert not connection.execute(sa.select(catalog.leases.c.id)).all() and not connection.execute(sa.select(catalog.pending.c.file)).all()
+        known = set(connection.execute(sa.select(catalog.parts_table.c.file)).scalars())
+        assert not connection.execute(sa.select(catalog.leases_table.c.id)).all() and not connection.execute(sa.select(catalog.pending_table.c.file)).all()
     assert {f.name for f in store.files.list()} == known
 
 

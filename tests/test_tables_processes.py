@@ -69,8 +69,8 @@ def check(store: TableStore) -> None:
     assert sorted(subjects) == sorted(f"dataset:t@{v.version}" for v in versions)
     store.collect(NOW)
     with store.database.read() as connection:
-        assert not connection.execute(sa.select(catalog.leases.c.id)).all() and not connection.execute(sa.select(catalog.pending.c.file)).all()
-        known = set(connection.execute(sa.select(catalog.parts.c.file)).scalars())
+        assert not connection.execute(sa.select(catalog.leases_table.c.id)).all() and not connection.execute(sa.select(catalog.pending_table.c.file)).all()
+        known = set(connection.execute(sa.select(catalog.parts_table.c.file)).scalars())
     assert {f.name for f in store.files.list()} == known
 
 
@@ -135,7 +135,7 @@ WRITE_POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 
 def write_and_die(url: str, folder: Path, point: str) -> None:
     place, name, instead = WRITE_POINTS[point]
-    parts.PART_ROWS = parts.BLOCK
+    parts.PART_ROWS = parts.BLOCK_ROWS
     open_store(url, folder)
     setattr(place, name, instead)
     save(url, folder, 0, list(range(20_000)))
@@ -184,8 +184,8 @@ def test_killed_while_erasing(any_database_url: str, tmp_path: Path, point: str)
     assert [store.read("t", v)["n"].to_pylist() for v in (1, 2, 3)] == [[1, 2], [1, 2, 4], [1, 2, 4]]
     store.collect(NOW)
     with store.database.read() as connection:
-        known = set(connection.execute(sa.select(catalog.parts.c.file)).scalars())
-        assert connection.execute(sa.select(catalog.erasures.c["values"])).scalars().all() == [None]
+        known = set(connection.execute(sa.select(catalog.parts_table.c.file)).scalars())
+        assert connection.execute(sa.select(catalog.erasures_table.c["values"])).scalars().all() == [None]
     assert {f.name for f in store.files.list()} == known and len(known) == 2
 
 
@@ -218,7 +218,7 @@ def read_slowly(url: str, folder: Path, ready: Any, go: Any, seen: Any) -> None:
 
 
 def test_collection_and_erasure_beside_a_reader_in_another_process(any_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_ROWS", parts.BLOCK)
+    monkeypatch.setattr(parts, "PART_ROWS", parts.BLOCK_ROWS)
     store = open_store(any_database_url, tmp_path)
     store.write("t", numbers(*range(60_000)))
     store.database.close()

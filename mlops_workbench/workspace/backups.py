@@ -30,10 +30,9 @@ from .leases import reading
 from .parts import Part, verify_part
 
 # %% auto #0
-__all__ = ['FORMAT', 'MANIFEST', 'UNFINISHED', 'KNOWN', 'Stores', 'stores_in', 'Backup', 'backup', 'check_backup', 'restore',
-           'restore_folder']
+__all__ = ['BACKUP_FORMAT', 'MANIFEST', 'Stores', 'stores_in', 'Backup', 'backup', 'check_backup', 'restore', 'restore_folder']
 
-# %% ../../nbs/api/workspace/backups.ipynb #a820846a
+# %% ../../nbs/api/workspace/backups.ipynb #cd277288
 @dataclass(frozen=True)
 class Stores:
     "Where a workspace keeps things."
@@ -82,10 +81,10 @@ class Backup:
         text = f"{self.files:,} files, {self.bytes:,} bytes: {self.events:,} events, {self.tables:,} table versions, as of {self.created_at[:19]}"
         return f"{self.place}: {text}" + (f"; left out: {'; '.join(self.left_out)}" if self.left_out else "")
 
-# %% ../../nbs/api/workspace/backups.ipynb #8d63d81f
-FORMAT = 1
-MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
-KNOWN = (catalog.metadata, events_metadata)
+# %% ../../nbs/api/workspace/backups.ipynb #a3cc25a6
+BACKUP_FORMAT = 1
+MANIFEST, _UNFINISHED = "manifest.json", "unfinished.json"
+_KNOWN = (catalog.catalog_metadata, events_metadata)
 
 
 @contextmanager
@@ -118,7 +117,7 @@ def _copy(source: Files, name: str, target: Files, new_name: str) -> tuple[str, 
             target.put(new_name, path)
         return found
 
-# %% ../../nbs/api/workspace/backups.ipynb #834ebd57
+# %% ../../nbs/api/workspace/backups.ipynb #3c93fbb5
 def _dump(url: str, folder: Path, name: str) -> tuple[Dump, list[Part], int, int]:
     "A database's dump; for the workspace's own also its parts, versions and events, all as of one moment."
     database = Database(url)
@@ -135,7 +134,7 @@ def _dump(url: str, folder: Path, name: str) -> tuple[Dump, list[Part], int, int
                 copy.close()
             return dump, *found
         with database.read() as connection:
-            return dump_postgres(url, connection, folder / name, KNOWN), *_contents(connection)
+            return dump_postgres(url, connection, folder / name, _KNOWN), *_contents(connection)
     finally:
         database.close()
 
@@ -145,10 +144,12 @@ def _contents(connection: sa.Connection) -> tuple[list[Part], int, int]:
     if "table_parts" not in present:
         return [], 0, 0
     rows = connection.execute(
-        sa.select(catalog.parts).where(catalog.parts.c.retired.is_(None)).order_by(catalog.parts.c.id)
+        sa.select(catalog.parts_table).where(catalog.parts_table.c.retired.is_(None)).order_by(catalog.parts_table.c.id)
     ).all()
     versions = connection.execute(
-        sa.select(sa.func.count()).select_from(catalog.versions).where(catalog.versions.c.dropped_at.is_(None))
+        sa.select(sa.func.count())
+        .select_from(catalog.versions_table)
+        .where(catalog.versions_table.c.dropped_at.is_(None))
     ).scalar_one()
     events = connection.execute(sa.text("SELECT count(*) FROM events")).scalar_one() if "events" in present else 0
     return [catalog.as_part(row) for row in rows], versions, events
@@ -166,12 +167,12 @@ def backup(
         raise WorkspaceError(
             "there is a complete backup already", where=place.where, fix="name a new folder for each backup"
         )
-    if present and UNFINISHED not in present:
+    if present and _UNFINISHED not in present:
         raise WorkspaceError("the folder for the backup is not empty", where=place.where, fix="name an empty folder")
     if not present:
-        place.write(UNFINISHED, json.dumps({"format": FORMAT, "begun_at": timestamp(clock.now())}).encode())
+        place.write(_UNFINISHED, json.dumps({"format": BACKUP_FORMAT, "begun_at": timestamp(clock.now())}).encode())
     manifest: dict[str, Any] = {
-        "format": FORMAT,
+        "format": BACKUP_FORMAT,
         "created_at": timestamp(clock.now()),
         "databases": {},
         "files": {},
@@ -191,7 +192,7 @@ def backup(
         manifest["layout"] = json.loads(stores.layout.read_text(encoding="utf-8"))
     manifest |= {"tables": versions, "events": events}
     place.write(MANIFEST, json.dumps(manifest, indent=1).encode())
-    place.remove(UNFINISHED)
+    place.remove(_UNFINISHED)
     return _summary(place, manifest)
 
 
@@ -234,10 +235,10 @@ def _summary(place: Files, manifest: dict[str, Any]) -> Backup:
         tuple(manifest["left_out"]),
     )
 
-# %% ../../nbs/api/workspace/backups.ipynb #d21936a4
+# %% ../../nbs/api/workspace/backups.ipynb #7e3c4e18
 def _manifest(place: Files) -> dict[str, Any]:
     if place.size(MANIFEST) is None:
-        unfinished = place.size(UNFINISHED) is not None
+        unfinished = place.size(_UNFINISHED) is not None
         raise WorkspaceError(
             "this is not a complete backup" if unfinished else "there is no backup here",
             where=place.where,
@@ -249,9 +250,9 @@ def _manifest(place: Files) -> dict[str, Any]:
         raise WorkspaceError(
             "the manifest of the backup is damaged", where=f"{place.where}/{MANIFEST}", fix="use another backup"
         ) from None
-    if manifest.get("format", 0) > FORMAT:
+    if manifest.get("format", 0) > BACKUP_FORMAT:
         raise WorkspaceError(
-            f"this backup has format {manifest['format']}; this release knows formats up to {FORMAT}",
+            f"this backup has format {manifest['format']}; this release knows formats up to {BACKUP_FORMAT}",
             where=place.where,
             fix="install a newer release: pip install -U mlops-workbench",
         )
@@ -309,7 +310,7 @@ def restore(
     for name, url in (("mlflow.db", stores.tracking), ("workbench.db", stores.database)):
         if name in manifest["databases"] and url:
             with _local(place, name) as path:
-                load_dump(path, manifest["databases"][name], url, KNOWN if name == "workbench.db" else ())
+                load_dump(path, manifest["databases"][name], url, _KNOWN if name == "workbench.db" else ())
     _forget_processes(stores.database)
     return replace(summary, place=database_url(stores.database).render_as_string())
 
@@ -318,12 +319,12 @@ def _forget_processes(url: str) -> None:
     database = Database(url)
     try:
         with database.write() as connection:
-            connection.execute(sa.delete(catalog.pending))
-            connection.execute(sa.delete(catalog.leases))
+            connection.execute(sa.delete(catalog.pending_table))
+            connection.execute(sa.delete(catalog.leases_table))
     finally:
         database.close()
 
-# %% ../../nbs/api/workspace/backups.ipynb #581276dd
+# %% ../../nbs/api/workspace/backups.ipynb #7ab7bdd4
 def restore_folder(
     source: str | Path,  # a backup: folder or URL
     state: Path,  # the `.workbench` folder to make: absent or empty

@@ -28,56 +28,57 @@ from .digests import type_name
 from .parts import Part
 
 # %% auto #0
-__all__ = ['LAYOUT', 'metadata', 'states', 'names', 'schemas', 'versions', 'parts', 'members', 'leases', 'pending', 'erasures',
-           'TableVersion', 'Change', 'prepare_catalog', 'begin_change', 'check_name', 'unknown_table', 'save_schema',
-           'read_schema', 'select_versions', 'read_versions', 'find_row', 'find_version', 'parts_of', 'as_part',
-           'live_part', 'Draft', 'name_id', 'insert_part', 'insert_version']
+__all__ = ['CATALOG_LAYOUT', 'catalog_metadata', 'state_table', 'names_table', 'schemas_table', 'versions_table', 'parts_table',
+           'members_table', 'leases_table', 'pending_table', 'erasures_table', 'TableVersion', 'CatalogChange',
+           'prepare_catalog', 'begin_change', 'check_name', 'unknown_table', 'save_schema', 'read_schema',
+           'select_versions', 'read_versions', 'find_row', 'find_version', 'parts_of', 'as_part', 'live_part', 'Draft',
+           'name_id', 'insert_part', 'insert_version']
 
-# %% ../../nbs/api/workspace/catalog.ipynb #d8a2a817
-LAYOUT = 1  # of these tables
-metadata = MetaData()
+# %% ../../nbs/api/workspace/catalog.ipynb #615de059
+CATALOG_LAYOUT = 1  # of these tables
+catalog_metadata = MetaData()
 _big = sa.BigInteger()
 
-states = Table("table_state", metadata, Column("id", Integer, primary_key=True), Column("epoch", _big, nullable=False),
+state_table = Table("table_state", catalog_metadata, Column("id", Integer, primary_key=True), Column("epoch", _big, nullable=False),
                Column("latest_time", String(32), nullable=False), Column("layout", Integer, nullable=False))  # fmt: skip
-names = Table("table_names", metadata, Column("id", Integer, primary_key=True, autoincrement=True), Column("name", String(200), nullable=False, unique=True),
+names_table = Table("table_names", catalog_metadata, Column("id", Integer, primary_key=True, autoincrement=True), Column("name", String(200), nullable=False, unique=True),
               Column("latest", _big, nullable=False), Column("revision", _big, nullable=False), Column("digest_state", Text))  # fmt: skip
-schemas = Table(
+schemas_table = Table(
     "table_schemas",
-    metadata,
+    catalog_metadata,
     Column("digest", String(64), primary_key=True),
     Column("schema", Text, nullable=False),
     Column("frame", Text, nullable=False),
 )
-versions = Table(
-    "table_versions", metadata, Column("name_id", Integer, primary_key=True), Column("version", _big, primary_key=True),
+versions_table = Table(
+    "table_versions", catalog_metadata, Column("name_id", Integer, primary_key=True), Column("version", _big, primary_key=True),
     Column("digest", String(64), nullable=False, index=True), Column("schema", String(64), nullable=False), Column("rows", _big), Column("bytes", _big, nullable=False),
     Column("parts", Integer, nullable=False), Column("metadata", Text, nullable=False), Column("by_reference", Text), Column("created_at", String(32), nullable=False),
     Column("erased", Integer, nullable=False, default=0), Column("dropped_at", String(32)),
 )  # fmt: skip
-parts = Table(
-    "table_parts", metadata, Column("id", Integer, primary_key=True, autoincrement=True), Column("digest", String(64), nullable=False, index=True),
+parts_table = Table(
+    "table_parts", catalog_metadata, Column("id", Integer, primary_key=True, autoincrement=True), Column("digest", String(64), nullable=False, index=True),
     Column("file", String(200), nullable=False, unique=True), Column("sha256", String(64), nullable=False), Column("rows", _big, nullable=False),
     Column("bytes", _big, nullable=False), Column("nulls", Text, nullable=False), Column("created_at", String(32), nullable=False),
     Column("retired", _big, index=True), Column("retired_at", String(32)), Column("erased", Integer, nullable=False, default=0),
 )  # fmt: skip
-members = Table(
-    "table_members", metadata, Column("id", Integer, primary_key=True, autoincrement=True), Column("name_id", Integer, nullable=False), Column("position", Integer, nullable=False),
+members_table = Table(
+    "table_members", catalog_metadata, Column("id", Integer, primary_key=True, autoincrement=True), Column("name_id", Integer, nullable=False), Column("position", Integer, nullable=False),
     Column("part_id", Integer, nullable=False, index=True), Column("from_version", _big, nullable=False), Column("to_version", _big),
     Index("table_members_open", "name_id", "to_version", "position"),
 )  # fmt: skip
-leases = Table(
-    "table_leases", metadata, Column("id", String(26), primary_key=True), Column("kind", String(8), nullable=False), Column("host", String(200), nullable=False),
+leases_table = Table(
+    "table_leases", catalog_metadata, Column("id", String(26), primary_key=True), Column("kind", String(8), nullable=False), Column("host", String(200), nullable=False),
     Column("pid", Integer, nullable=False), Column("started", Integer, nullable=False), Column("epoch", _big, nullable=False), Column("expires_at", String(32), nullable=False),
 )  # fmt: skip
-pending = Table(
+pending_table = Table(
     "table_pending",
-    metadata,
+    catalog_metadata,
     Column("file", String(200), primary_key=True),
     Column("lease", String(26), nullable=False, index=True),
 )
-erasures = Table(
-    "table_erasures", metadata, Column("id", String(26), primary_key=True), Column("name", String(200), nullable=False), Column("column", Text, nullable=False),
+erasures_table = Table(
+    "table_erasures", catalog_metadata, Column("id", String(26), primary_key=True), Column("name", String(200), nullable=False), Column("column", Text, nullable=False),
     Column("values", Text), Column("begun_at", String(32), nullable=False), Column("finished_at", String(32)), Column("result", Text),
 )  # fmt: skip
 
@@ -136,9 +137,9 @@ class TableVersion:
         )
         return f"<b>{html.escape(head)}</b> {html.escape(notes)}<br><small>{columns}{' …' if len(self.schema) > 40 else ''}</small>"
 
-# %% ../../nbs/api/workspace/catalog.ipynb #0105a234
+# %% ../../nbs/api/workspace/catalog.ipynb #6a5f24a6
 @dataclass(frozen=True)
-class Change:
+class CatalogChange:
     "One change of the catalog: its number and its time."
 
     epoch: int
@@ -147,19 +148,19 @@ class Change:
 
 def prepare_catalog(database: Database) -> None:
     "Make the catalog's tables where they are missing. Raises `WorkspaceError` for a catalog of a newer release."
-    database.create(metadata)
+    database.create(catalog_metadata)
     with database.read() as connection:
-        found = connection.execute(sa.select(states.c.layout)).scalar()
+        found = connection.execute(sa.select(state_table.c.layout)).scalar()
     if found is None:
         with database.write() as connection:
             lock = {"postgresql": sa.text("SELECT pg_advisory_xact_lock(7238458)")}.get(database.dialect)
             if lock is not None:
                 connection.execute(lock)
-            if connection.execute(sa.select(states.c.id)).first() is None:
-                connection.execute(sa.insert(states).values(id=1, epoch=0, latest_time="", layout=LAYOUT))
-    elif found > LAYOUT:
+            if connection.execute(sa.select(state_table.c.id)).first() is None:
+                connection.execute(sa.insert(state_table).values(id=1, epoch=0, latest_time="", layout=CATALOG_LAYOUT))
+    elif found > CATALOG_LAYOUT:
         raise WorkspaceError(
-            f"the tables of this workspace have layout {found}; this release knows layouts up to {LAYOUT}",
+            f"the tables of this workspace have layout {found}; this release knows layouts up to {CATALOG_LAYOUT}",
             where=database.where, fix="install a newer release: pip install -U mlops-workbench", layout=found,
         )  # fmt: skip
 
@@ -167,16 +168,18 @@ def prepare_catalog(database: Database) -> None:
 def begin_change(
     connection: Connection,  # in a write transaction
     clock: Clock,
-) -> Change:
+) -> CatalogChange:
     "Take the lock on the catalog until the transaction ends, and number the change."
     row = connection.execute(
-        sa.select(states.c.epoch, states.c.latest_time).where(states.c.id == 1).with_for_update()
+        sa.select(state_table.c.epoch, state_table.c.latest_time).where(state_table.c.id == 1).with_for_update()
     ).one()
-    change = Change(row.epoch + 1, max(timestamp(clock.now()), row.latest_time))
-    connection.execute(sa.update(states).where(states.c.id == 1).values(epoch=change.epoch, latest_time=change.at))
+    change = CatalogChange(row.epoch + 1, max(timestamp(clock.now()), row.latest_time))
+    connection.execute(
+        sa.update(state_table).where(state_table.c.id == 1).values(epoch=change.epoch, latest_time=change.at)
+    )
     return change
 
-# %% ../../nbs/api/workspace/catalog.ipynb #f49034ae
+# %% ../../nbs/api/workspace/catalog.ipynb #bf40b2f3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,199}")
 
 
@@ -194,10 +197,10 @@ def check_name(
 
 def unknown_table(connection: Connection, name: str) -> TableError:
     "The error for a table that is not there, with the nearest name that is."
-    known = connection.execute(sa.select(names.c.name).where(names.c.latest > 0)).scalars().all()
+    known = connection.execute(sa.select(names_table.c.name).where(names_table.c.latest > 0)).scalars().all()
     return TableError(f"there is no table {name!r}", where=name, fix=did_you_mean(name, known), name=name)
 
-# %% ../../nbs/api/workspace/catalog.ipynb #d5b2a39e
+# %% ../../nbs/api/workspace/catalog.ipynb #429b348a
 def save_schema(
     connection: Connection,
     schema: pa.Schema,  # as stored
@@ -207,8 +210,8 @@ def save_schema(
     written = base64.b64encode(schema.serialize().to_pybytes()).decode()
     described = json.dumps([[[f.name, type_name(f.type)] for f in schema], frame], sort_keys=True)
     key = hashlib.sha256(described.encode()).hexdigest()
-    if connection.execute(sa.select(schemas.c.digest).where(schemas.c.digest == key)).first() is None:
-        connection.execute(sa.insert(schemas).values(digest=key, schema=written, frame=json.dumps(frame)))
+    if connection.execute(sa.select(schemas_table.c.digest).where(schemas_table.c.digest == key)).first() is None:
+        connection.execute(sa.insert(schemas_table).values(digest=key, schema=written, frame=json.dumps(frame)))
     return key
 
 
@@ -219,7 +222,7 @@ def read_schema(
     "The schema that `save_schema` stored."
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(written)))
 
-# %% ../../nbs/api/workspace/catalog.ipynb #9a35c31f
+# %% ../../nbs/api/workspace/catalog.ipynb #a229c2c2
 def _version(row: Any) -> TableVersion:
     return TableVersion(
         row.name, row.version, row.digest, read_schema(row.schema_text), json.loads(row.frame), row.rows, row.bytes, row.parts, json.loads(row.metadata),
@@ -230,15 +233,17 @@ def _version(row: Any) -> TableVersion:
 def select_versions() -> sa.Select:
     "Versions joined with their names and schemas, to be narrowed and read with `read_versions`."
     columns = [
-        names.c.name,
-        names.c.latest,
-        names.c.revision,
-        names.c.digest_state,
-        schemas.c.schema.label("schema_text"),
-        schemas.c.frame,
+        names_table.c.name,
+        names_table.c.latest,
+        names_table.c.revision,
+        names_table.c.digest_state,
+        schemas_table.c.schema.label("schema_text"),
+        schemas_table.c.frame,
     ]
-    joined = versions.join(names, names.c.id == versions.c.name_id).join(schemas, schemas.c.digest == versions.c.schema)
-    return sa.select(*[c for c in versions.c if c.name != "schema"], *columns).select_from(joined)
+    joined = versions_table.join(names_table, names_table.c.id == versions_table.c.name_id).join(
+        schemas_table, schemas_table.c.digest == versions_table.c.schema
+    )
+    return sa.select(*[c for c in versions_table.c if c.name != "schema"], *columns).select_from(joined)
 
 
 def read_versions(connection: Connection, query: sa.Select) -> list[TableVersion]:
@@ -252,12 +257,12 @@ def find_row(
     version: int | None = None,  # default: the latest
 ) -> Any | None:  # the catalog row; None where there is no such table
     "The catalog row of a version. Raises `TableError` for a version that does not exist or was dropped."
-    query = select_versions().where(names.c.name == name)
+    query = select_versions().where(names_table.c.name == name)
     if version is None:
         return connection.execute(
-            query.where(versions.c.dropped_at.is_(None)).order_by(versions.c.version.desc()).limit(1)
+            query.where(versions_table.c.dropped_at.is_(None)).order_by(versions_table.c.version.desc()).limit(1)
         ).first()
-    row = connection.execute(query.where(versions.c.version == version)).first()
+    row = connection.execute(query.where(versions_table.c.version == version)).first()
     if row is not None and row.dropped_at is None:
         return row
     if row is not None:
@@ -291,16 +296,25 @@ def find_version(
         raise unknown_table(connection, name)
     return _version(row)
 
-# %% ../../nbs/api/workspace/catalog.ipynb #857ad151
+# %% ../../nbs/api/workspace/catalog.ipynb #9bf78ed3
 def parts_of(
     connection: Connection,
     name: str,
     version: int,
 ) -> list[Part]:  # in row order
     "The files of a version."
-    inside = (members.c.from_version <= version) & (members.c.to_version.is_(None) | (members.c.to_version > version))
-    joined = members.join(parts, parts.c.id == members.c.part_id).join(names, names.c.id == members.c.name_id)
-    query = sa.select(parts).select_from(joined).where(names.c.name == name, inside).order_by(members.c.position)
+    inside = (members_table.c.from_version <= version) & (
+        members_table.c.to_version.is_(None) | (members_table.c.to_version > version)
+    )
+    joined = members_table.join(parts_table, parts_table.c.id == members_table.c.part_id).join(
+        names_table, names_table.c.id == members_table.c.name_id
+    )
+    query = (
+        sa.select(parts_table)
+        .select_from(joined)
+        .where(names_table.c.name == name, inside)
+        .order_by(members_table.c.position)
+    )
     return [as_part(row) for row in connection.execute(query)]
 
 
@@ -312,10 +326,10 @@ def as_part(row: Any) -> Part:
 def live_part(connection: Connection, digest: str) -> Any | None:
     "The catalog row of a part with this content that some version lists, if there is one."
     return connection.execute(
-        sa.select(parts).where(parts.c.digest == digest, parts.c.retired.is_(None)).limit(1)
+        sa.select(parts_table).where(parts_table.c.digest == digest, parts_table.c.retired.is_(None)).limit(1)
     ).first()
 
-# %% ../../nbs/api/workspace/catalog.ipynb #fe0ee636
+# %% ../../nbs/api/workspace/catalog.ipynb #a188a5fd
 @dataclass(frozen=True)
 class Draft:
     "What a writer wants the catalog to say about a new version."
@@ -333,17 +347,17 @@ class Draft:
 
 def name_id(connection: Connection, name: str) -> int:
     "The id of a table's name; the name is added where it is new."
-    found = connection.execute(sa.select(names.c.id).where(names.c.name == name)).scalar()
+    found = connection.execute(sa.select(names_table.c.id).where(names_table.c.name == name)).scalar()
     if found is None:
         found = connection.execute(
-            sa.insert(names).values(name=name, latest=0, revision=0).returning(names.c.id)
+            sa.insert(names_table).values(name=name, latest=0, revision=0).returning(names_table.c.id)
         ).scalar_one()
     return int(found)
 
 
-def insert_part(connection: Connection, part: Part, change: Change) -> int:
+def insert_part(connection: Connection, part: Part, change: CatalogChange) -> int:
     "Enter a written part; where it, or an equal one that is listed, is there already, that is used. Returns its id."
-    found = connection.execute(sa.select(parts.c.id).where(parts.c.file == part.file)).first() or live_part(
+    found = connection.execute(sa.select(parts_table.c.id).where(parts_table.c.file == part.file)).first() or live_part(
         connection, part.digest
     )
     if found is not None:
@@ -357,16 +371,16 @@ def insert_part(connection: Connection, part: Part, change: Change) -> int:
         "nulls": json.dumps(part.nulls),
         "created_at": change.at,
     }
-    return int(connection.execute(sa.insert(parts).values(**row).returning(parts.c.id)).scalar_one())
+    return int(connection.execute(sa.insert(parts_table).values(**row).returning(parts_table.c.id)).scalar_one())
 
 
-def insert_version(connection: Connection, name: str, draft: Draft, change: Change) -> TableVersion:
+def insert_version(connection: Connection, name: str, draft: Draft, change: CatalogChange) -> TableVersion:
     "Enter a new version behind the latest, in the caller's transaction."
     table = name_id(connection, name)
-    number = connection.execute(sa.select(names.c.latest).where(names.c.id == table)).scalar_one() + 1
+    number = connection.execute(sa.select(names_table.c.latest).where(names_table.c.id == table)).scalar_one() + 1
     _place(connection, table, number, draft.parts)
     connection.execute(
-        sa.insert(versions).values(
+        sa.insert(versions_table).values(
             name_id=table, version=number, digest=draft.digest, schema=save_schema(connection, draft.schema, draft.frame), rows=draft.rows, bytes=draft.bytes,
             parts=len(draft.parts), metadata=json.dumps(draft.metadata), created_at=change.at, erased=0,
             by_reference=json.dumps(draft.by_reference) if draft.by_reference else None,
@@ -374,18 +388,18 @@ def insert_version(connection: Connection, name: str, draft: Draft, change: Chan
     )  # fmt: skip
     state = json.dumps({"version": number, **draft.digest_state}) if draft.digest_state else None
     connection.execute(
-        sa.update(names)
-        .where(names.c.id == table)
-        .values(latest=number, revision=names.c.revision + 1, digest_state=state)
+        sa.update(names_table)
+        .where(names_table.c.id == table)
+        .values(latest=number, revision=names_table.c.revision + 1, digest_state=state)
     )
     return find_version(connection, name, number)
 
 
 def _place(connection: Connection, table: int, number: int, wanted: Sequence[int]) -> None:
     query = (
-        sa.select(members.c.id, members.c.part_id)
-        .where(members.c.name_id == table, members.c.to_version.is_(None))
-        .order_by(members.c.position)
+        sa.select(members_table.c.id, members_table.c.part_id)
+        .where(members_table.c.name_id == table, members_table.c.to_version.is_(None))
+        .order_by(members_table.c.position)
     )
     now = connection.execute(query).all()
     same = 0
@@ -394,7 +408,9 @@ def _place(connection: Connection, table: int, number: int, wanted: Sequence[int
     closed = [row.id for row in now[same:]]
     for start in range(0, len(closed), 500):
         connection.execute(
-            sa.update(members).where(members.c.id.in_(closed[start : start + 500])).values(to_version=number)
+            sa.update(members_table)
+            .where(members_table.c.id.in_(closed[start : start + 500]))
+            .values(to_version=number)
         )
     fresh = [
         {"name_id": table, "position": i, "part_id": p, "from_version": number}
@@ -402,11 +418,11 @@ def _place(connection: Connection, table: int, number: int, wanted: Sequence[int
         if i >= same
     ]
     if fresh:
-        connection.execute(sa.insert(members), fresh)
+        connection.execute(sa.insert(members_table), fresh)
     for start in range(same, len(wanted), 500):  # a part that was retired while this writer worked is needed again
         again = list(wanted[start : start + 500])
         connection.execute(
-            sa.update(parts)
-            .where(parts.c.id.in_(again), parts.c.retired.is_not(None))
+            sa.update(parts_table)
+            .where(parts_table.c.id.in_(again), parts_table.c.retired.is_not(None))
             .values(retired=None, retired_at=None)
         )

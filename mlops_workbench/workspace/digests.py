@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from ..errors import SourceError
 
 # %% auto #0
-__all__ = ['BLOCK', 'normal_type', 'type_name', 'normal_array', 'ContentDigest', 'content_digest']
+__all__ = ['BLOCK_ROWS', 'normal_type', 'type_name', 'normal_array', 'ContentDigest', 'content_digest']
 
-# %% ../../nbs/api/workspace/digests.ipynb #29e4fbc8
+# %% ../../nbs/api/workspace/digests.ipynb #9606088a
 _LAYOUTS = {"large_string": "string", "string_view": "string", "large_binary": "binary", "binary_view": "binary"}
 
 
@@ -73,7 +73,7 @@ def type_name(
         return "struct<" + ", ".join(f"{json.dumps(f.name)}: {type_name(f.type)}" for f in kind) + ">"
     return str(kind)
 
-# %% ../../nbs/api/workspace/digests.ipynb #5bd7a22c
+# %% ../../nbs/api/workspace/digests.ipynb #5e905780
 def _pieces(array: pa.Array) -> Iterator[bytes | memoryview]:
     "The canonical bytes of one array in its normal type: what is present, then the values."
     kind, nulls = array.type, array.null_count
@@ -133,8 +133,8 @@ def _fixed_pieces(array: pa.Array, present: Any) -> Iterator[bytes | memoryview]
         values = values.reshape(len(array), width) * present.astype("u1")[:, None]
     yield np.ascontiguousarray(values).tobytes()
 
-# %% ../../nbs/api/workspace/digests.ipynb #bc9c17b1
-BLOCK = 8192  # rows; part of the definition: changing it changes every digest
+# %% ../../nbs/api/workspace/digests.ipynb #1b08bd8f
+BLOCK_ROWS = 8192  # rows; part of the definition: changing it changes every digest
 
 
 def _block_leaf(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[bytes, int]:
@@ -160,7 +160,7 @@ def normal_array(
     array = array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
     return array if array.type == kind else array.cast(kind)
 
-# %% ../../nbs/api/workspace/digests.ipynb #0d5b1865
+# %% ../../nbs/api/workspace/digests.ipynb #7f08f97a
 class ContentDigest:
     "The digest of a table that arrives in pieces. `update` with tables, then `hexdigest`; `state` and `resume` to go on another day."
 
@@ -181,12 +181,12 @@ class ContentDigest:
         self.rows += table.num_rows
         self._rest.append(table)
         waiting = sum(t.num_rows for t in self._rest)
-        if waiting < BLOCK:
+        if waiting < BLOCK_ROWS:
             return
         together = pa.concat_tables(self._rest) if len(self._rest) > 1 else table
-        whole = waiting - waiting % BLOCK
-        for start in range(0, whole, BLOCK):
-            self._link(self._block(together.slice(start, BLOCK)))
+        whole = waiting - waiting % BLOCK_ROWS
+        for start in range(0, whole, BLOCK_ROWS):
+            self._link(self._block(together.slice(start, BLOCK_ROWS)))
         self._rest = [together.slice(whole)] if whole < waiting else []
 
     def extend(self, other: ContentDigest, table: pa.Table) -> None:
@@ -200,7 +200,7 @@ class ContentDigest:
 
     def _block(self, block: pa.Table) -> list[bytes]:
         leaves = [_block_leaf(block.column(i), field.type) for i, field in enumerate(self.schema)]
-        self.bytes += sum(size for _, size in leaves) if block.num_rows == BLOCK else 0
+        self.bytes += sum(size for _, size in leaves) if block.num_rows == BLOCK_ROWS else 0
         return [leaf for leaf, _ in leaves]
 
     def _link(self, leaves: Sequence[bytes]) -> None:
@@ -241,13 +241,13 @@ class ContentDigest:
         cls,
         schema: pa.Schema,  # the old columns, and perhaps new ones, which are null in the rows so far
         state: dict[str, Any],  # what `state()` gave
-        rest: pa.Table,  # the last `state["rows"] % BLOCK` rows, in the columns of `schema`
+        rest: pa.Table,  # the last `state["rows"] % BLOCK_ROWS` rows, in the columns of `schema`
     ) -> ContentDigest:
         "Take up a digest where it was put down."
-        self, chains, whole = cls(schema), dict(state["chains"]), state["rows"] // BLOCK
+        self, chains, whole = cls(schema), dict(state["chains"]), state["rows"] // BLOCK_ROWS
         empty = [f for f in self.schema if f.name not in chains]
         leaves = (
-            {f.name: _block_leaf(pa.chunked_array([pa.nulls(BLOCK, f.type)]), f.type)[0] for f in empty}
+            {f.name: _block_leaf(pa.chunked_array([pa.nulls(BLOCK_ROWS, f.type)]), f.type)[0] for f in empty}
             if whole
             else {}
         )

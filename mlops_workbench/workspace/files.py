@@ -20,7 +20,7 @@ from ..errors import StorageError
 # %% auto #0
 __all__ = ['disk_error', 'StoredFile', 'write_atomically', 'temporary_name', 'Files']
 
-# %% ../../nbs/api/workspace/files.ipynb #a0776be2
+# %% ../../nbs/api/workspace/files.ipynb #2c5f61b5
 _TROUBLES = {
     "full": ("the disk is full", "free some space and run the same again; nothing was half-written"),
     "readonly": ("this place cannot be written to or read", "check who owns it, and that it is not mounted read-only"),
@@ -59,7 +59,7 @@ def disk_error(
     detail = str(error).strip().split("\n")[0] or type(error).__name__
     return StorageError(f"{what} ({detail})", where=where, fix=fix, trouble=trouble)
 
-# %% ../../nbs/api/workspace/files.ipynb #18539299
+# %% ../../nbs/api/workspace/files.ipynb #dca510e8
 @dataclass(frozen=True)
 class StoredFile:
     "One file in the store, as a listing shows it."
@@ -129,7 +129,7 @@ def temporary_name(
     "The name of a file while it is being written."
     return f".{name}.tmp"
 
-# %% ../../nbs/api/workspace/files.ipynb #59f7874e
+# %% ../../nbs/api/workspace/files.ipynb #a51f4ea2
 _OBJECT_STORES = {
     "s3",
     "s3a",

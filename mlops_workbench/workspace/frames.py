@@ -18,9 +18,9 @@ from ..errors import SourceError, TableError
 from .digests import normal_type
 
 # %% auto #0
-__all__ = ['MOST_CATEGORIES', 'SLICE', 'describe_frame', 'Incoming', 'incoming', 'restore', 'merge_frames']
+__all__ = ['MOST_CATEGORIES', 'describe_frame', 'Incoming', 'incoming', 'restore_frame', 'merge_frames']
 
-# %% ../../nbs/api/workspace/frames.ipynb #14cbbe3a
+# %% ../../nbs/api/workspace/frames.ipynb #d5a2a931
 def _without_index(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     "The frame with its index as columns where it means something, and the names of those columns."
     index = frame.index
@@ -67,7 +67,7 @@ def _check_names(names: Iterable[Any]) -> None:
             )
         seen.add(name)
 
-# %% ../../nbs/api/workspace/frames.ipynb #76520576
+# %% ../../nbs/api/workspace/frames.ipynb #911932e7
 def _to_arrow(frame: pd.DataFrame) -> pa.Table:
     "Arrow columns of a frame without index. Raises `SourceError` naming the column that has no single type."
     try:
@@ -109,7 +109,7 @@ def _mixed(name: str, column: pd.Series, detail: str) -> SourceError:
         column=name, rows=rows,
     )  # fmt: skip
 
-# %% ../../nbs/api/workspace/frames.ipynb #facb9491
+# %% ../../nbs/api/workspace/frames.ipynb #deff6b25
 MOST_CATEGORIES = 10_000  # above this, an unordered category column keeps only the categories that occur
 
 
@@ -164,7 +164,7 @@ def _categories(name: str, column: pa.ChunkedArray, ordered: bool) -> dict[str, 
         )
     return {"ordered": ordered, "values": values.to_pylist()}
 
-# %% ../../nbs/api/workspace/frames.ipynb #07e00927
+# %% ../../nbs/api/workspace/frames.ipynb #0f256589
 @dataclass(frozen=True)
 class Incoming:
     "Data on its way into the store."
@@ -174,7 +174,7 @@ class Incoming:
     tables: Iterator[pa.Table]  # in that schema, in row order
 
 
-SLICE = 262_144  # rows normalised at a time
+_SLICE = 262_144  # rows normalised at a time
 
 
 def incoming(
@@ -239,7 +239,7 @@ def _chain(first: pa.Table, items: Iterator[Any]) -> Iterator[pa.Table]:
     for item in items:
         yield _one(item)[0]
 
-# %% ../../nbs/api/workspace/frames.ipynb #b607b291
+# %% ../../nbs/api/workspace/frames.ipynb #0d625f2b
 def _normal_schema(schema: pa.Schema) -> pa.Schema:
     _check_names(schema.names)
     fields = []
@@ -261,8 +261,8 @@ def _normalised(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Ta
                 where=f"row {row:,}",
                 fix="give every batch the same columns in one order",
             )
-        for start in range(0, table.num_rows, SLICE):
-            piece = table.slice(start, SLICE)
+        for start in range(0, table.num_rows, _SLICE):
+            piece = table.slice(start, _SLICE)
             yield pa.table(
                 [_normal_column(piece.column(i), field, row) for i, field in enumerate(schema)], schema=schema
             )
@@ -285,8 +285,8 @@ def _normal_column(column: pa.ChunkedArray, field: pa.Field, row: int) -> pa.Chu
         column = pa.chunked_array([pc.run_end_decode(c) for c in column.chunks], column.type.value_type)
     return column.cast(field.type)
 
-# %% ../../nbs/api/workspace/frames.ipynb #57f24eed
-def restore(
+# %% ../../nbs/api/workspace/frames.ipynb #a86ae5ff
+def restore_frame(
     table: pa.Table,  # columns as stored, perhaps only some of them
     frame: dict[str, Any],  # what `describe_frame` found
 ) -> pa.Table:
@@ -323,7 +323,7 @@ def _encode(column: pa.ChunkedArray, kept: dict[str, Any]) -> pa.ChunkedArray:
     ]
     return pa.chunked_array(chunks, target)
 
-# %% ../../nbs/api/workspace/frames.ipynb #c6a583b0
+# %% ../../nbs/api/workspace/frames.ipynb #8be27c86
 def merge_frames(
     old: dict[str, Any],  # the frame of the latest version
     new: dict[str, Any],  # the frame of the rows to append

@@ -25,7 +25,7 @@ from .parts import _expression
 # %% auto #0
 __all__ = ['check_uri', 'register_version', 'reading_advice', 'scan_reference']
 
-# %% ../../nbs/api/workspace/registrations.ipynb #13b525be
+# %% ../../nbs/api/workspace/registrations.ipynb #a438a08f
 def check_uri(
     uri: str,  # such as "delta://lake/loans" or "s3://bucket/loans.parquet"
 ) -> str:
@@ -68,7 +68,7 @@ def register_version(
     draft = Draft(plain, {}, digest, rows, 0, [], metadata or {}, by_reference=reference)
     return insert_version(connection, name, draft, change), True
 
-# %% ../../nbs/api/workspace/registrations.ipynb #beaa8dff
+# %% ../../nbs/api/workspace/registrations.ipynb #f21138b7
 _READERS = {
     "delta": "deltalake.DeltaTable({place!r}, version={snapshot}).to_pyarrow_table()",
     "iceberg": "pyiceberg.catalog.load_catalog().load_table({place!r}).scan(snapshot_id={snapshot}).to_arrow()",

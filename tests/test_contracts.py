@@ -263,7 +263,7 @@ def test_columns_that_are_no_columns_are_refused() -> None:
 # ── inference ──────────────────────────────────────────────────────────────────────────────────────────────
 
 cells = {
-    "integer": st.integers(-(2**40), 2**40), "number": st.floats(allow_nan=False, width=32), "string": texts, "boolean": st.booleans(),
+    "integer": st.integers(-(2**40), 2**40), "number": st.floats(allow_nan=False, allow_infinity=False), "string": texts, "boolean": st.booleans(),
     "datetime": st.datetimes(dt.datetime(1700, 1, 1), dt.datetime(2200, 1, 1)), "date": st.dates(dt.date(1700, 1, 1), dt.date(2200, 1, 1)),
 }  # fmt: skip
 
@@ -288,6 +288,12 @@ def test_data_keeps_the_contract_inferred_from_it(frame: pd.DataFrame) -> None:
     assert {c: column_type(frame[c]) for c in frame} == {c: rules.type for c, rules in contract.columns.items()}
     verdict = validate(frame, contract, clock=CLOCK)
     assert verdict.ok, str(verdict)
+
+
+def test_an_infinite_value_is_in_no_range() -> None:
+    frame = pd.DataFrame({"ratio": [0.5, float("inf"), 2.0]})
+    assert [(f.rule, f.rows) for f in validate(frame, infer_contract(frame, "t"), clock=CLOCK).failures] == [("max", (1,))]
+    assert infer_contract(pd.DataFrame({"ratio": [float("inf")]}), "t").columns["ratio"].max is None
 
 
 def test_an_honest_next_batch_passes() -> None:

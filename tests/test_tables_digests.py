@@ -288,3 +288,13 @@ def test_extension_types() -> None:
     months = pa.Table.from_pandas(pd.DataFrame({"m": pd.period_range("2026-01", periods=3, freq="M")}))
     days = pa.Table.from_pandas(pd.DataFrame({"m": pd.period_range("2026-01", periods=3, freq="D")}))
     assert type_name(months.schema.field("m").type) != type_name(days.schema.field("m").type)
+
+
+def test_every_nan_is_one_nan_and_zeros_have_signs() -> None:
+    def bits(*values: int) -> str:
+        return content_digest(pa.table({"x": pa.array(np.array(values, "<u8").view("<f8"))}))
+
+    quiet, other, negative = 0x7FF8000000000000, 0x7FF8000000000001, 0xFFF8000000000000
+    assert bits(quiet, 0) == bits(other, 0) == bits(negative, 0) != bits(quiet, 0x8000000000000000)
+    single = [content_digest(pa.table({"x": pa.array(np.array([b], "<u4").view("<f4"))})) for b in (0x7FC00000, 0x7FC00001, 0xFFC00000)]
+    assert len(set(single)) == 1

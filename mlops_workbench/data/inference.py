@@ -30,7 +30,7 @@ def missing_allowance(
         return 0.0, ""
     return min(1.0, math.ceil((2 * share + 0.01) * 1000) / 1000), f"seen {share:.2%}"
 
-# %% ../../nbs/api/data/inference.ipynb #74389e5b
+# %% ../../nbs/api/data/inference.ipynb #35e9c814
 def range_with_leeway(
     column: pd.Series,  # numbers
     leeway: float = 1.0,  # how far beyond what was seen, as a multiple of the distance between smallest and largest
@@ -47,7 +47,7 @@ def range_with_leeway(
     least, most = _outwards(low - beyond, unit, -1), _outwards(high + beyond, unit, 1)
     if low >= 0:
         least = max(least, 0.0)
-    if high <= 0:
+    if high <= 0 and low < 0:
         most = min(most, 0.0)
     if low >= 0 and high <= 1:
         most = min(most, 1.0)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 
-from mlops_workbench.workspace import catalog, collection, erasure, files, parts, writing
+from mlops_workbench.workspace import catalog, collection, entries, erasure, files, parts, writing
 from mlops_workbench.workspace.clock import SystemClock
 from mlops_workbench.workspace.database import Database
 from mlops_workbench.workspace.digests import content_digest
@@ -128,7 +128,7 @@ WRITE_POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "before the rename": (files.os, "replace", die),
     "after the rename": (files, "_sync_folder", after(1, files._sync_folder)),
     "before the commit": (writing, "commit_version", die),
-    "in the commit": (catalog, "insert_version", die),
+    "in the commit": (entries, "insert_version", die),
     "in the event": (EventStore, "append", die),
 }
 

@@ -301,13 +301,13 @@ def test_many_kernels_at_once(tmp_path: Path) -> None:
     assert all(gone(k.pid) for k in kernels) and not any(s.exists() for s in sockets)
 
 
-def test_children_of_a_cell_end_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("leaves", ["pass", "import os; os._exit(0)"])
+def test_children_of_a_cell_end_with_it(tmp_path: Path, leaves: str) -> None:
     pid = tmp_path / "pid"
-    write_notebook(
-        tmp_path / "a.ipynb",
-        f"import subprocess\np = subprocess.Popen(['sleep', '600'])\nopen({str(pid)!r}, 'w').write(str(p.pid))",
-    )
-    assert run_all(graph_of(tmp_path, Step("a", "a.ipynb")))["a"].ok
+    start = f"import subprocess\np = subprocess.Popen(['sleep', '600'])\nopen({str(pid)!r}, 'w').write(str(p.pid))"
+    write_notebook(tmp_path / "a.ipynb", start, leaves)
+    outcome = run_all(graph_of(tmp_path, Step("a", "a.ipynb")))["a"]
+    assert outcome.status == ("succeeded" if leaves == "pass" else "kernel_died")
     assert wait_for(lambda: gone(pid_in(pid)), 10)
 
 
@@ -436,7 +436,7 @@ def test_nothing_starts_while_something_is_wrong(workspace: Workspace) -> None:
     with pytest.raises(UnknownReferenceError):
         door(workspace).run("credit", loans="dataset:lones")
     (folder / "second.ipynb").write_text("{}")
-    with pytest.raises(Exception, match="second.ipynb"):
+    with pytest.raises(Exception, match=r"second\.ipynb"):
         door(workspace).run("credit")
     assert not list(workspace.events.read(kind="pipeline.*")) and not workspace.path("runs").exists()
 

@@ -23,7 +23,7 @@ from .templates import Slot, slots_in
 from ..workspace.references import parse_reference
 
 # %% auto #0
-__all__ = ['read_duration', 'Step', 'Pipeline', 'check_names']
+__all__ = ['read_duration', 'Step', 'Pipeline', 'check_pipeline_names']
 
 # %% ../../nbs/api/pipelines/definition.ipynb #c6709135
 _DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s)?")
@@ -195,8 +195,8 @@ def _row(step: Step) -> str:
     )
     return f"<tr>{cells}</tr>"
 
-# %% ../../nbs/api/pipelines/definition.ipynb #89dc917a
-def check_names(
+# %% ../../nbs/api/pipelines/definition.ipynb #24306ed8
+def check_pipeline_names(
     pipeline: Pipeline,  # as written
 ) -> list[DefinitionError]:
     "Names that are no identifiers or are used twice."

@@ -463,3 +463,12 @@ def test_files_refuse_to_leave_their_folder(tmp_path: Path) -> None:
     for name in ("../x", "/etc/passwd", "a/../../x", "a\\b"):
         with pytest.raises(StorageError):
             files.write(name, b"x")
+
+
+def test_an_erasure_also_reaches_what_was_dropped_before(store: TableStore) -> None:
+    store.write("t", numbers(1, 2))
+    store.write("t", numbers(3))
+    store.drop("t", 1)
+    assert len(listed(store)) == 2
+    store.erase("t", "n", [2])
+    assert len(listed(store)) == 1

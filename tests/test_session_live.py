@@ -135,10 +135,10 @@ def test_trouble_with_tracking_never_stops_the_cell(front, root):
         shown = front.run("%%track lost\nvalue = 6 * 7\nrun.log_metrics(value=value)\nvalue")
         assert shown["result"] == "42"
         assert shown["stderr"].count("\n") == (1 if _ == 0 else 0)  # one line, once
-    front.run("runs.Tracker._start = keep; end = runs.Tracker._close; runs.Tracker._close = full")
+    front.run("runs.Tracker._start = keep; end = runs._Ledger.close; runs._Ledger.close = full")
     shown = front.run("%%track half\n1 + 1")
     assert shown["result"] == "2" and "could not be recorded" in shown["stderr"] and shown["stderr"].count("\n") == 1
-    front.run("runs.Tracker._close = end\nfrom mlops_workbench.tracking import cells\ncells.session_notebook = full")
+    front.run("runs._Ledger.close = end\nfrom mlops_workbench.tracking import cells\ncells.session_notebook = full")
     shown = front.run("%%track no cells\n2 + 1")
     assert shown["result"] == "3" and "could not be kept" in shown["stderr"] and "finished" in shown["stdout"]
     table = tracker_of(root).runs().set_index("name")

@@ -14,18 +14,36 @@ from mlops_workbench.tracking.redaction import Redactor, mark, secret_name
 
 pytestmark = pytest.mark.fast
 
-SECRETS = st.text(st.characters(min_codepoint=33, max_codepoint=0x24F, exclude_characters="\x7f«»"), min_size=8, max_size=40).filter(
-    lambda s: s.strip() == s and not s.isalpha() and "redacted" not in s
-)
+SECRETS = st.text(
+    st.characters(min_codepoint=33, max_codepoint=0x24F, exclude_characters="\x7f«»"), min_size=8, max_size=40
+).filter(lambda s: s.strip() == s and not s.isalpha() and "redacted" not in s)
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="«»"), max_size=80)
-PASSWORDS = st.text(string.ascii_letters + string.digits + "!$%+-./?^_~", min_size=6, max_size=30).filter(lambda s: s[0].isalnum() and any(c.isdigit() for c in s))
-STRONG = st.sampled_from(["password", "DB_PASSWORD", "apiKey", "api_key", "client_secret", "aws_secret_access_key", "passphrase", "SECRET_KEY"])
+PASSWORDS = st.text(string.ascii_letters + string.digits + "!$%+-./?^_~", min_size=6, max_size=30).filter(
+    lambda s: s[0].isalnum() and any(c.isdigit() for c in s)
+)
+STRONG = st.sampled_from(
+    [
+        "password",
+        "DB_PASSWORD",
+        "apiKey",
+        "api_key",
+        "client_secret",
+        "aws_secret_access_key",
+        "passphrase",
+        "SECRET_KEY",
+    ]
+)
 
 
 @given(TEXTS, SECRETS, TEXTS)
 def test_a_known_value_never_survives(before, secret, after):
     redactor = Redactor({"X": secret})
-    for text in (before + secret + after, f"url={before}{secret}", json.dumps({"k": before + secret}), repr(secret + after)):
+    for text in (
+        before + secret + after,
+        f"url={before}{secret}",
+        json.dumps({"k": before + secret}),
+        repr(secret + after),
+    ):
         kept = redactor.text(text)
         assert secret not in kept
     kept = json.dumps(redactor.value({"a": [secret, {secret: (1, before + secret)}]}), ensure_ascii=False)
@@ -49,7 +67,10 @@ def test_an_assigned_password_never_survives_in_any_notation(notation, name, val
     assert kept.startswith("x = 1\n") and kept.endswith("y = 2\n") and "«redacted:" in kept
 
 
-@given(st.sampled_from(["postgresql", "https", "mysql+pymysql", "amqp"]), PASSWORDS.filter(lambda s: "/" not in s and "?" not in s))
+@given(
+    st.sampled_from(["postgresql", "https", "mysql+pymysql", "amqp"]),
+    PASSWORDS.filter(lambda s: "/" not in s and "?" not in s),
+)
 def test_a_password_in_a_url_never_survives(scheme, value):
     kept = Redactor().text(f"see {scheme}://ana:{value}@db.example:5432/loans?x=1 now")
     assert kept == f"see {scheme}://ana:«redacted:url-password»@db.example:5432/loans?x=1 now"
@@ -72,7 +93,9 @@ def test_well_known_tokens_are_recognised_anywhere(kind):
 
 
 def test_a_private_key_goes_whole_also_in_a_diff_and_when_cut():
-    key = "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1rZXktdjEAAAAA\n" * 4 + "-----END OPENSSH PRIVATE KEY-----"
+    key = (
+        "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1rZXktdjEAAAAA\n" * 4 + "-----END OPENSSH PRIVATE KEY-----"
+    )
     diff = "\n".join("+" + line for line in key.splitlines())
     for text in (key, diff, key[:90], json.dumps({"k": key})):
         assert "b3Blbn" not in Redactor().text(text)
@@ -88,15 +111,33 @@ ORDINARY = st.one_of(
 )  # fmt: skip
 
 
-@given(st.lists(st.tuples(st.sampled_from(["max_depth", "digest", "max_tokens", "n_tokens", "tokenizer", "seed", "author", "keys", "monkey"]), ORDINARY), max_size=6))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["max_depth", "digest", "max_tokens", "n_tokens", "tokenizer", "seed", "author", "keys", "monkey"]
+            ),
+            ORDINARY,
+        ),
+        max_size=6,
+    )
+)
 def test_ordinary_values_are_left_alone(pairs):
     redactor = Redactor({"W": "correct-horse-battery"})
-    for text in ("\n".join(f"{k} = {v!r}" for k, v in pairs), "\n".join(f"{k}: {v}" for k, v in pairs), json.dumps(dict(pairs)), " ".join(v for _, v in pairs)):
+    for text in (
+        "\n".join(f"{k} = {v!r}" for k, v in pairs),
+        "\n".join(f"{k}: {v}" for k, v in pairs),
+        json.dumps(dict(pairs)),
+        " ".join(v for _, v in pairs),
+    ):
         assert redactor.text(text) == text
     assert redactor.value(dict(pairs)) == dict(pairs)
 
 
-@given(st.lists(st.tuples(STRONG | st.sampled_from(["token", "n", "auth"]), PASSWORDS | ORDINARY | TEXTS), max_size=5), SECRETS)
+@given(
+    st.lists(st.tuples(STRONG | st.sampled_from(["token", "n", "auth"]), PASSWORDS | ORDINARY | TEXTS), max_size=5),
+    SECRETS,
+)
 def test_redacting_twice_changes_nothing_more(pairs, secret):
     redactor = Redactor({"X": secret})
     text = "\n".join(f"{k} = {v}" for k, v in pairs) + secret
@@ -119,9 +160,22 @@ def test_code_that_holds_no_secret_is_left_alone(line):
 def test_names():
     assert secret_name("PGPASSWORD") == secret_name("password1") == secret_name("clientSecret") == "strong"
     assert secret_name("HF_TOKEN") == "weak"
-    assert not any(map(secret_name, ["passwords_seen", "token_count", "secretary", "keyboard", "author", "api_keys_file", ""]))
+    assert not any(
+        map(secret_name, ["passwords_seen", "token_count", "secretary", "keyboard", "author", "api_keys_file", ""])
+    )
 
 
 def test_environment_values_are_known_unless_they_are_paths_or_placeholders():
-    redactor = Redactor(environment={"API_KEY": "plain-words-here", "PWD": "/home/ana/loans", "TOKEN": "true", "EDITOR": "vim", "DB_PASSWORD": "secret:DB"})
-    assert redactor.text("plain-words-here /home/ana/loans true vim secret:DB") == "«redacted:API_KEY» /home/ana/loans true vim secret:DB"
+    redactor = Redactor(
+        environment={
+            "API_KEY": "plain-words-here",
+            "PWD": "/home/ana/loans",
+            "TOKEN": "true",
+            "EDITOR": "vim",
+            "DB_PASSWORD": "secret:DB",
+        }
+    )
+    assert (
+        redactor.text("plain-words-here /home/ana/loans true vim secret:DB")
+        == "«redacted:API_KEY» /home/ana/loans true vim secret:DB"
+    )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['TrackedModel', 'folder_digest', 'store_model', 'model_uri', 'reference_profile']
 
-# %% ../../nbs/api/tracking/models.ipynb #60ed3580
+# %% ../../nbs/api/tracking/models.ipynb #56b2dad7
 @dataclass(frozen=True)
 class TrackedModel:
     "A model that a run has stored."
@@ -69,7 +69,7 @@ def folder_digest(
         total.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return total.hexdigest()
 
-# %% ../../nbs/api/tracking/models.ipynb #ec0b959e
+# %% ../../nbs/api/tracking/models.ipynb #9f43de5f
 @contextmanager
 def _quiet() -> Iterator[None]:
     "Without MLflow's hints about pickles and about integer columns that could be missing."
@@ -118,6 +118,23 @@ def _reference_profile(data: Any) -> Profile | None:
         raise TrackingError(f"no reference profile can be made: {e.what}", where="reference_data", fix=e.fix) from e
 
 
+def _written(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _answer(model: Any, rows: Any, name: str) -> Any:
+    try:
+        return model.predict(rows)
+    except Exception as e:
+        fix = "fit the model first, and give an example with the columns it was fitted on"
+        raise TrackingError(
+            f"the model cannot predict its example: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}",
+            where=name,
+            fix=fix,
+        ) from e
+
+# %% ../../nbs/api/tracking/models.ipynb #c8da558a
 def store_model(
     model: Any,  # anything with a `predict` method
     *,
@@ -155,24 +172,7 @@ def store_model(
     inputs = {c.name or str(i): str(getattr(c.type, "name", c.type)) for i, c in enumerate(signature.inputs.inputs)}
     return TrackedModel(name, info.model_id, run, folder_digest(files), tuple(needed), inputs, reference is not None)
 
-
-def _written(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def _answer(model: Any, rows: Any, name: str) -> Any:
-    try:
-        return model.predict(rows)
-    except Exception as e:
-        fix = "fit the model first, and give an example with the columns it was fitted on"
-        raise TrackingError(
-            f"the model cannot predict its example: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}",
-            where=name,
-            fix=fix,
-        ) from e
-
-# %% ../../nbs/api/tracking/models.ipynb #65eb61d9
+# %% ../../nbs/api/tracking/models.ipynb #ccb474e3
 def model_uri(
     written: Any,  # a `TrackedModel`, "models:/…", "model:m-…@1" or "m-…"
 ) -> str:  # MLflow's URI

@@ -47,7 +47,13 @@ def save(stores: Stores, *values: int, mode: str = "append") -> None:
 def fill_tracking(url: str) -> None:
     """A database that this package did not define, with types and keys like MLflow's."""
     metadata = sa.MetaData()
-    runs = sa.Table("runs", metadata, sa.Column("run_uuid", sa.String(32), primary_key=True), sa.Column("deleted", sa.Boolean), sa.Column("start", sa.BigInteger))
+    runs = sa.Table(
+        "runs",
+        metadata,
+        sa.Column("run_uuid", sa.String(32), primary_key=True),
+        sa.Column("deleted", sa.Boolean),
+        sa.Column("start", sa.BigInteger),
+    )
     metrics = sa.Table(
         "metrics", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("run", sa.String(32), sa.ForeignKey("runs.run_uuid")),
         sa.Column("value", sa.Float(53)), sa.Column("blob", sa.LargeBinary), sa.CheckConstraint("value < 1e9"),
@@ -63,9 +69,15 @@ def fill_tracking(url: str) -> None:
 def check_tracking(url: str) -> None:
     database = Database(url)
     with database.write() as connection:
-        rows = connection.execute(sa.text("SELECT m.id, m.value, r.deleted, r.start FROM metrics m JOIN runs r ON r.run_uuid = m.run ORDER BY m.id")).all()
+        rows = connection.execute(
+            sa.text(
+                "SELECT m.id, m.value, r.deleted, r.start FROM metrics m JOIN runs r ON r.run_uuid = m.run ORDER BY m.id"
+            )
+        ).all()
         assert [tuple(r) for r in rows] == [(1, 0.1, False, 2**40), (2, 0.1, False, 2**40)]
-        connection.execute(sa.text("INSERT INTO metrics (run, value) VALUES (NULL, 2)"))  # the counter goes on after the copied rows
+        connection.execute(
+            sa.text("INSERT INTO metrics (run, value) VALUES (NULL, 2)")
+        )  # the counter goes on after the copied rows
     database.close()
 
 
@@ -104,7 +116,9 @@ def test_backup_and_restore_elsewhere(state: Path, tmp_path: Path) -> None:
     restore_folder(tmp_path / "backup", there)
     check(stores_in(there))
     check_tracking(stores_in(there).tracking or "")
-    assert (there / "artifacts/1/abc/artifacts/model.bin").stat().st_size == 5000 and json.loads((there / "layout.json").read_text()) == {"layout": 1}
+    assert (there / "artifacts/1/abc/artifacts/model.bin").stat().st_size == 5000 and json.loads(
+        (there / "layout.json").read_text()
+    ) == {"layout": 1}
 
 
 @pytest.mark.fast
@@ -117,7 +131,12 @@ def test_moving_the_folder_is_enough(state: Path, tmp_path: Path) -> None:
 def test_to_and_from_an_object_store(state: Path, tmp_path: Path) -> None:
     place = f"memory://{tmp_path.name}/backup"
     backup(stores_in(state), place, CLOCK)
-    remote = Stores(f"sqlite:///{tmp_path}/r/workbench.db", f"memory://{tmp_path.name}/tables", None, f"memory://{tmp_path.name}/artifacts")
+    remote = Stores(
+        f"sqlite:///{tmp_path}/r/workbench.db",
+        f"memory://{tmp_path.name}/tables",
+        None,
+        f"memory://{tmp_path.name}/artifacts",
+    )
     restore(place, remote)
     check(remote)
     backup(remote, tmp_path / "second", CLOCK)
@@ -132,7 +151,9 @@ def test_nothing_is_overwritten(state: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="not empty"):
         restore_folder(tmp_path / "backup", state)
     for name in ("tables", "artifacts", "database"):
-        stores = Stores(f"sqlite:///{tmp_path}/{name}/w.db", str(tmp_path / name / "t"), None, str(tmp_path / name / "a"))
+        stores = Stores(
+            f"sqlite:///{tmp_path}/{name}/w.db", str(tmp_path / name / "t"), None, str(tmp_path / name / "a")
+        )
         place = {"tables": "t/x", "artifacts": "a/x", "database": "w.db"}[name]
         Files(tmp_path / name).write(place, b"mine")
         with pytest.raises(WorkspaceError, match="not empty"):
@@ -144,7 +165,9 @@ def test_nothing_is_overwritten(state: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "x").write_text("mine")
     with pytest.raises(WorkspaceError, match="not empty"):
         backup(stores_in(state), tmp_path / "full", CLOCK)
-    assert {k: v for k, v in state_files(state).items() if ".db" not in k} == {k: v for k, v in before.items() if ".db" not in k}
+    assert {k: v for k, v in state_files(state).items() if ".db" not in k} == {
+        k: v for k, v in before.items() if ".db" not in k
+    }
 
 
 @pytest.mark.fast
@@ -281,7 +304,9 @@ def test_killed_while_restoring(state: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_a_full_disk_while_backing_up_and_restoring(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_backing_up_and_restoring(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
 
     backup(stores_in(state), tmp_path / "backup", CLOCK)
@@ -291,7 +316,10 @@ def test_a_full_disk_while_backing_up_and_restoring(state: Path, tmp_path: Path,
 
     with monkeypatch.context() as patch:
         patch.setattr("mlops_workbench.workspace.files.shutil.copyfile", full)
-        for attempt in (lambda: backup(stores_in(state), tmp_path / "second", CLOCK), lambda: restore_folder(tmp_path / "backup", tmp_path / "new")):
+        for attempt in (
+            lambda: backup(stores_in(state), tmp_path / "second", CLOCK),
+            lambda: restore_folder(tmp_path / "backup", tmp_path / "new"),
+        ):
             with pytest.raises(StorageError) as caught:
                 attempt()
             assert caught.value.trouble == "full"

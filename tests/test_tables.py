@@ -111,14 +111,19 @@ def test_a_longer_table_shares_its_first_parts(store: TableStore, small_parts: N
 def test_schema_evolution(store: TableStore) -> None:
     store.write("t", pa.table({"n": [1, 2], "note": pa.nulls(2)}))
     store.write("t", pa.table({"note": ["x"], "n": [3], "arm": ["canary"]}), mode="append")
-    assert store.read("t").to_pylist()[1:] == [{"n": 2, "note": None, "arm": None}, {"n": 3, "note": "x", "arm": "canary"}]
+    assert store.read("t").to_pylist()[1:] == [
+        {"n": 2, "note": None, "arm": None},
+        {"n": 3, "note": "x", "arm": "canary"},
+    ]
     assert store.read("t", 1).column_names == ["n", "note"]
     assert store.version("t").digest == content_digest(store.read("t"))
     for bad in ({"n": [1.5], "note": ["x"], "arm": ["y"]}, {"n": [1], "note": ["x"]}):
         with pytest.raises(TableError, match=r"column '(n|arm)'"):
             store.write("t", pa.table(bad), mode="append")
     store.write("t", pa.table({"n": [4], "note": pa.nulls(1), "arm": pa.nulls(1)}), mode="append")
-    assert store.read("t")["note"].to_pylist() == [None, None, "x", None] and store.version("t").digest == content_digest(store.read("t"))
+    assert store.read("t")["note"].to_pylist() == [None, None, "x", None] and store.version(
+        "t"
+    ).digest == content_digest(store.read("t"))
 
 
 def test_expected(store: TableStore) -> None:
@@ -166,7 +171,10 @@ def test_filters_and_columns(store: TableStore) -> None:
     store.write("t", pd.DataFrame({"a": range(100), "b": list("xy") * 50, "c": pd.Categorical(["low", "high"] * 50)}))
     assert store.read("t", columns=["b"], filters=[("a", "<", 3)]).to_pylist() == [{"b": "x"}, {"b": "y"}, {"b": "x"}]
     assert store.read("t", filters=(pc.field("a") > 97) & (pc.field("b") == "x"))["a"].to_pylist() == [98]
-    assert store.to_pandas("t", columns=["c"], filters=[("c", "==", "low")])["c"].cat.categories.tolist() == ["high", "low"]
+    assert store.to_pandas("t", columns=["c"], filters=[("c", "==", "low")])["c"].cat.categories.tolist() == [
+        "high",
+        "low",
+    ]
     for question in ({"columns": ["z"]}, {"filters": [("z", "==", 1)]}, {"filters": pc.field("z") == 1}):
         with pytest.raises(TableError):
             store.read("t", **question)
@@ -226,8 +234,16 @@ def test_registered(store: TableStore) -> None:
     first = store.register("lake", "delta://lake/loans", 4, schema, rows=10, statistics={"a": {"min": 1}})
     assert store.register("lake", "delta://lake/loans", 4, schema).version == 1 == first.version
     assert store.register("lake", "delta://lake/loans", 5, schema).version == 2
-    assert store.version("lake", 1).by_reference == {"uri": "delta://lake/loans", "snapshot": 4, "statistics": {"a": {"min": 1}}}
-    for call in (lambda: store.read("lake"), lambda: store.write("lake", numbers(1), mode="append"), lambda: store.diff("lake", 1, 2)):
+    assert store.version("lake", 1).by_reference == {
+        "uri": "delta://lake/loans",
+        "snapshot": 4,
+        "statistics": {"a": {"min": 1}},
+    }
+    for call in (
+        lambda: store.read("lake"),
+        lambda: store.write("lake", numbers(1), mode="append"),
+        lambda: store.diff("lake", 1, 2),
+    ):
         with pytest.raises(TableError, match="by reference"):
             call()
     for uri in ("s3://key:secret@bucket/x", "https://x/y?sig=abc", " "):
@@ -269,17 +285,31 @@ def test_diff_counts_repeated_rows_and_finds_repeated_keys_in_shared_parts(store
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), max_size=25), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), max_size=25))
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), max_size=25),
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), max_size=25),
+)
 def test_diff_against_plain_python(local: TableStore, a: list[tuple[int, int]], b: list[tuple[int, int]]) -> None:
     from collections import Counter
 
     for rows in (a, b):
-        local.write("p", pa.table({"k": pa.array([r[0] for r in rows], pa.int64()), "v": pa.array([r[1] or None for r in rows], pa.int64())}))
+        local.write(
+            "p",
+            pa.table(
+                {
+                    "k": pa.array([r[0] for r in rows], pa.int64()),
+                    "v": pa.array([r[1] or None for r in rows], pa.int64()),
+                }
+            ),
+        )
     latest = local.version("p").version
     first = latest if Counter(a) == Counter(b) and a == b else latest - 1
     found = local.diff("p", first, latest)
     a, b = ([(k, v or None) for k, v in rows] for rows in (a, b))
-    assert found.rows_added == (Counter(b) - Counter(a)).total() and found.rows_removed == (Counter(a) - Counter(b)).total()
+    assert (
+        found.rows_added == (Counter(b) - Counter(a)).total()
+        and found.rows_removed == (Counter(a) - Counter(b)).total()
+    )
     if len(dict(a)) == len(a) and len(dict(b)) == len(b):
         keyed = local.diff("p", first, latest, keys=["k"])
         assert keyed.rows_changed == sum(dict(a)[k] != dict(b)[k] for k in dict(a).keys() & dict(b).keys())
@@ -301,7 +331,9 @@ def test_erasure(store: TableStore, small_parts: None) -> None:
         frame = store.to_pandas("t", version)
         assert "p7" not in set(frame["person"]) and len(frame) == store.version("t", version).rows
         assert store.version("t", version).erased == (version < 3)
-        assert sum(p.rows for p in store.parts("t", version)) == len(frame) and store.version("t", version).parts == len(store.parts("t", version))
+        assert sum(p.rows for p in store.parts("t", version)) == len(frame) and store.version(
+            "t", version
+        ).parts == len(store.parts("t", version))
         assert store.version("t", version).bytes == sum(p.bytes for p in store.parts("t", version))
     assert len(store.to_pandas("other")) == 20_000
     store.erase("other", "person", ["p7"])
@@ -320,14 +352,25 @@ def test_erasing_a_whole_part_and_types(store: TableStore) -> None:
     store.write("t", pa.table({"id": [1, 1], "d": ["2026-01-05", "2026-01-06"]}))
     store.write("t", pa.table({"id": [2], "d": ["2026-01-07"]}), mode="append")
     assert store.erase("t", "id", np.array([1])).rows == 2
-    assert store.read("t", 1).num_rows == 0 and store.read("t", 2)["id"].to_pylist() == [2] and store.version("t", 1).parts == 0
+    assert (
+        store.read("t", 1).num_rows == 0
+        and store.read("t", 2)["id"].to_pylist() == [2]
+        and store.version("t", 1).parts == 0
+    )
     for column, values in (("id", ["one"]), ("id", []), ("id", [None]), ("ids", [1]), ("id", [1.5])):
         with pytest.raises(TableError):
             store.erase("t", column, values)
     with pytest.raises(TableError, match="no table"):
         store.erase("u", "id", [1])
     with store.database.read() as connection:
-        assert connection.execute(sa.select(sa.func.count()).select_from(catalog.erasures_table).where(catalog.erasures_table.c.finished_at.is_(None))).scalar() == 0
+        assert (
+            connection.execute(
+                sa.select(sa.func.count())
+                .select_from(catalog.erasures_table)
+                .where(catalog.erasures_table.c.finished_at.is_(None))
+            ).scalar()
+            == 0
+        )
 
 
 def test_an_append_beside_an_erasure_is_erased_too(store: TableStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +382,9 @@ def test_an_append_beside_an_erasure_is_erased_too(store: TableStore, monkeypatc
     def rewrite(*arguments: Any) -> Any:
         if not turns:
             turns.append(1)
-            make_store(store.database.url.render_as_string(hide_password=False), Path(store.files.root).parent).write("t", numbers(2, 9), mode="append")
+            make_store(store.database.url.render_as_string(hide_password=False), Path(store.files.root).parent).write(
+                "t", numbers(2, 9), mode="append"
+            )
         return real(*arguments)
 
     monkeypatch.setattr(erasure, "_rewrite", rewrite)
@@ -380,7 +425,11 @@ def test_an_append_after_its_base_was_dropped_continues_from_what_is_left(store:
         store.write("t", numbers(*values))
     store.drop("t", 3)
     grown = store.write("t", numbers(9), mode="append")
-    assert store.read("t")["n"].to_pylist() == [2, 9] and grown.version == 4 and grown.digest == content_digest(numbers(2, 9))
+    assert (
+        store.read("t")["n"].to_pylist() == [2, 9]
+        and grown.version == 4
+        and grown.digest == content_digest(numbers(2, 9))
+    )
     assert store.read("t", 1)["n"].to_pylist() == [1]
 
 

@@ -25,7 +25,9 @@ from mlops_workbench.workspace.digests import ContentDigest, content_digest, nor
 from mlops_workbench.workspace.frames import incoming, restore_frame
 
 pytestmark = pytest.mark.fast
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+QUICK = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +65,23 @@ def kinds(draw: st.DrawFn, depth: int = 1) -> tuple[pa.DataType, st.SearchStrate
     if name == "list":
         return pa.list_(kind), st.lists(st.none() | values, max_size=3)
     if name == "struct":
-        return pa.struct([("a", kind), ("b", pa.int64())]), st.fixed_dictionaries({"a": st.none() | values, "b": st.none() | st.integers(0, 9)})
+        return pa.struct([("a", kind), ("b", pa.int64())]), st.fixed_dictionaries(
+            {"a": st.none() | values, "b": st.none() | st.integers(0, 9)}
+        )
     return pa.map_(pa.string(), kind), st.lists(st.tuples(st.text(max_size=3), st.none() | values), max_size=2)
 
 
 @st.composite
 def arrow_tables(draw: st.DrawFn, min_rows: int = 0, min_columns: int = 1) -> pa.Table:
     rows = draw(st.integers(min_rows, 40))
-    names = draw(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=6), min_size=min_columns, max_size=4, unique=True))
+    names = draw(
+        st.lists(
+            st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=6),
+            min_size=min_columns,
+            max_size=4,
+            unique=True,
+        )
+    )
     columns = []
     for _ in names:
         kind, values = draw(kinds())
@@ -96,7 +107,9 @@ def reencoded(column: pa.ChunkedArray, way: int) -> pa.ChunkedArray:
     if way == 2 and (pa.types.is_integer(kind) or pa.types.is_timestamp(kind)):
         return column.dictionary_encode()
     if way == 3 and (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        return pa.chunked_array([pa.compute.run_end_encode(c) for c in column.chunks], pa.run_end_encoded(pa.int32(), kind))
+        return pa.chunked_array(
+            [pa.compute.run_end_encode(c) for c in column.chunks], pa.run_end_encoded(pa.int32(), kind)
+        )
     return column
 
 
@@ -130,7 +143,9 @@ def test_garbage_under_nulls() -> None:
     offsets, data = pa.py_buffer(struct.pack("<4i", 0, 1, 3, 4)), pa.py_buffer(b"axyb")
     text = pa.Array.from_buffers(pa.string(), 3, [bits, offsets, data])
     assert content_digest(pa.table({"x": text})) == content_digest(pa.table({"x": ["a", None, "b"]}))
-    lists = pa.ListArray.from_buffers(pa.list_(pa.int64()), 3, [bits, pa.py_buffer(struct.pack("<4i", 0, 1, 2, 3))], children=[pa.array([1, 7, 3])])
+    lists = pa.ListArray.from_buffers(
+        pa.list_(pa.int64()), 3, [bits, pa.py_buffer(struct.pack("<4i", 0, 1, 2, 3))], children=[pa.array([1, 7, 3])]
+    )
     assert content_digest(pa.table({"x": lists})) == content_digest(pa.table({"x": [[1], None, [3]]}))
 
 
@@ -181,7 +196,16 @@ def test_order_names_types_and_length_count(table: pa.Table) -> None:
         assert content_digest(backwards) != digest
 
 
-@pytest.mark.parametrize(("a", "b"), [("int32", "int64"), ("float", "double"), ("string", "binary"), ("timestamp[s]", "timestamp[ms]"), ("date32", "int32")])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("int32", "int64"),
+        ("float", "double"),
+        ("string", "binary"),
+        ("timestamp[s]", "timestamp[ms]"),
+        ("date32", "int32"),
+    ],
+)
 def test_types_count(a: str, b: str) -> None:
     empty, other = (pa.table({"x": pa.nulls(3, pa.type_for_alias(t))}) for t in (a, b))
     assert content_digest(empty) != content_digest(other)
@@ -194,7 +218,10 @@ def test_put_down_and_taken_up(table: pa.Table, at: int, cuts: list[int]) -> Non
     first = ContentDigest(table.schema)
     first.update(table.slice(0, at))
     rest = at % digests.BLOCK_ROWS
-    plain = pa.table([digests.normal_array(table.column(i), normal_type(f.type)) for i, f in enumerate(table.schema)], names=table.column_names)
+    plain = pa.table(
+        [digests.normal_array(table.column(i), normal_type(f.type)) for i, f in enumerate(table.schema)],
+        names=table.column_names,
+    )
     second = ContentDigest.resume(table.schema, json.loads(json.dumps(first.state())), plain.slice(at - rest, rest))
     second.update(rechunked(table.slice(at), cuts))
     assert second.hexdigest() == content_digest(table)
@@ -229,12 +256,18 @@ def test_golden_digests(monkeypatch: pytest.MonkeyPatch) -> None:
         }
     )
     assert content_digest(table) == "31deb7335132d4ed17e683d998eae3dca414d5859bc0eaa43337d621b8dcb986"
-    assert content_digest(pa.table({"x": [1, 2, 3]})) == "378e3b2d2ad39d938c2aceff5cf834c13ebf1399e49ea0b56ed0bc1a2620fc23"
+    assert (
+        content_digest(pa.table({"x": [1, 2, 3]})) == "378e3b2d2ad39d938c2aceff5cf834c13ebf1399e49ea0b56ed0bc1a2620fc23"
+    )
     assert type_name(table.schema.field("r").type) == 'struct<"a": int64, "b": string>'
 
 
 def test_types_without_a_column_form_are_refused() -> None:
-    for kind in [pa.dense_union([pa.field("a", pa.int64())]), pa.month_day_nano_interval(), pa.list_(pa.month_day_nano_interval())]:
+    for kind in [
+        pa.dense_union([pa.field("a", pa.int64())]),
+        pa.month_day_nano_interval(),
+        pa.list_(pa.month_day_nano_interval()),
+    ]:
         with pytest.raises(SourceError):
             incoming(pa.RecordBatchReader.from_batches(pa.schema([("x", kind)]), []))
 
@@ -284,7 +317,9 @@ def test_extension_types() -> None:
     plain = pa.array([uuid.UUID(int=n).bytes for n in range(5)], pa.binary(16))
     marked = pa.ExtensionArray.from_storage(pa.uuid(), plain)
     assert content_digest(pa.table({"x": plain})) != content_digest(pa.table({"x": marked}))
-    assert content_digest(pa.table({"x": marked.slice(2)})) == content_digest(pa.table({"x": pa.ExtensionArray.from_storage(pa.uuid(), plain.slice(2))}))
+    assert content_digest(pa.table({"x": marked.slice(2)})) == content_digest(
+        pa.table({"x": pa.ExtensionArray.from_storage(pa.uuid(), plain.slice(2))})
+    )
     months = pa.Table.from_pandas(pd.DataFrame({"m": pd.period_range("2026-01", periods=3, freq="M")}))
     days = pa.Table.from_pandas(pd.DataFrame({"m": pd.period_range("2026-01", periods=3, freq="D")}))
     assert type_name(months.schema.field("m").type) != type_name(days.schema.field("m").type)
@@ -296,5 +331,8 @@ def test_every_nan_is_one_nan_and_zeros_have_signs() -> None:
 
     quiet, other, negative = 0x7FF8000000000000, 0x7FF8000000000001, 0xFFF8000000000000
     assert bits(quiet, 0) == bits(other, 0) == bits(negative, 0) != bits(quiet, 0x8000000000000000)
-    single = [content_digest(pa.table({"x": pa.array(np.array([b], "<u4").view("<f4"))})) for b in (0x7FC00000, 0x7FC00001, 0xFFC00000)]
+    single = [
+        content_digest(pa.table({"x": pa.array(np.array([b], "<u4").view("<f4"))}))
+        for b in (0x7FC00000, 0x7FC00001, 0xFFC00000)
+    ]
     assert len(set(single)) == 1

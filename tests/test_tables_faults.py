@@ -47,14 +47,19 @@ def rows(count: int, seed: int = 0) -> pa.Table:
 def assert_clean(store: TableStore) -> None:
     with store.database.read() as connection:
         known = set(connection.execute(sa.select(catalog.parts_table.c.file)).scalars())
-        assert not connection.execute(sa.select(catalog.leases_table.c.id)).all() and not connection.execute(sa.select(catalog.pending_table.c.file)).all()
+        assert (
+            not connection.execute(sa.select(catalog.leases_table.c.id)).all()
+            and not connection.execute(sa.select(catalog.pending_table.c.file)).all()
+        )
     assert {f.name for f in store.files.list()} == known
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("full_after", [0, 1, 3])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_or_broken_disk(store: TableStore, monkeypatch: pytest.MonkeyPatch, full_after: int, number: int) -> None:
+def test_a_full_or_broken_disk(
+    store: TableStore, monkeypatch: pytest.MonkeyPatch, full_after: int, number: int
+) -> None:
     store.write("t", rows(10))
     real, calls = files._write_all, iter(range(full_after))
 
@@ -64,13 +69,20 @@ def test_a_full_or_broken_disk(store: TableStore, monkeypatch: pytest.MonkeyPatc
             raise OSError(number, os.strerror(number))
         real(descriptor, data)
 
-    attempts: list[Callable[[], Any]] = [lambda: store.write("t", rows(40_000, 1)), lambda: store.write("t", rows(40_000, 1), mode="append")]
+    attempts: list[Callable[[], Any]] = [
+        lambda: store.write("t", rows(40_000, 1)),
+        lambda: store.write("t", rows(40_000, 1), mode="append"),
+    ]
     for attempt in attempts:
         with monkeypatch.context() as patch:
             patch.setattr(files, "_write_all", write)
             with pytest.raises(StorageError) as caught:
                 attempt()
-        assert caught.value.trouble == ("io" if number == errno.EIO else "full") and caught.value.fix and caught.value.where
+        assert (
+            caught.value.trouble == ("io" if number == errno.EIO else "full")
+            and caught.value.fix
+            and caught.value.where
+        )
         assert store.version("t").version == 1 and store.read("t", verify=True).equals(rows(10))
         assert_clean(store)
     assert store.write("t", rows(40_000, 1)).version == 2
@@ -159,7 +171,12 @@ def test_no_permission_to_write(tmp_path_factory: pytest.TempPathFactory) -> Non
     def read_only() -> None:
         reader = open_store(folder)
         assert reader.read("t", verify=True).num_rows == 10 and reader.versions("t")
-        for attempt in (lambda: reader.write("t", rows(20)), lambda: reader.drop("t", 1), lambda: reader.erase("t", "x", [1.0]), reader.collect):
+        for attempt in (
+            lambda: reader.write("t", rows(20)),
+            lambda: reader.drop("t", 1),
+            lambda: reader.erase("t", "x", [1.0]),
+            reader.collect,
+        ):
             with pytest.raises(StorageError) as caught:
                 attempt()
             assert caught.value.trouble == "readonly" and caught.value.fix, caught.value

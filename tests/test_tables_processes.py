@@ -69,7 +69,10 @@ def check(store: TableStore) -> None:
     assert sorted(subjects) == sorted(f"dataset:t@{v.version}" for v in versions)
     store.collect(NOW)
     with store.database.read() as connection:
-        assert not connection.execute(sa.select(catalog.leases_table.c.id)).all() and not connection.execute(sa.select(catalog.pending_table.c.file)).all()
+        assert (
+            not connection.execute(sa.select(catalog.leases_table.c.id)).all()
+            and not connection.execute(sa.select(catalog.pending_table.c.file)).all()
+        )
         known = set(connection.execute(sa.select(catalog.parts_table.c.file)).scalars())
     assert {f.name for f in store.files.list()} == known
 
@@ -123,7 +126,11 @@ def killed(target: Callable[..., None], *arguments: Any) -> None:
 
 
 WRITE_POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "half a file": (files, "_write_all", lambda descriptor, data: (os.write(descriptor, data[: len(data) // 2]), die())),
+    "half a file": (
+        files,
+        "_write_all",
+        lambda descriptor, data: (os.write(descriptor, data[: len(data) // 2]), die()),
+    ),
     "second file": (files, "_write_all", after(1, files._write_all)),
     "before the rename": (files.os, "replace", die),
     "after the rename": (files, "_sync_folder", after(1, files._sync_folder)),
@@ -156,7 +163,11 @@ def test_killed_while_writing(any_database_url: str, tmp_path: Path, point: str)
 ERASE_POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "after the plan": (erasure, "_rewrite", die),
     "second part": (erasure, "_rewrite", after(1, erasure._rewrite)),
-    "half a file": (files, "_write_all", lambda descriptor, data: (os.write(descriptor, data[: len(data) // 2]), die())),
+    "half a file": (
+        files,
+        "_write_all",
+        lambda descriptor, data: (os.write(descriptor, data[: len(data) // 2]), die()),
+    ),
     "in the switch": (erasure, "retire_unlisted", die),
     "after the switch": (erasure, "_delete_now", die),
 }
@@ -217,7 +228,9 @@ def read_slowly(url: str, folder: Path, ready: Any, go: Any, seen: Any) -> None:
     seen.put(total + sum(b.num_rows for b in reader))
 
 
-def test_collection_and_erasure_beside_a_reader_in_another_process(any_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collection_and_erasure_beside_a_reader_in_another_process(
+    any_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parts, "PART_ROWS", parts.BLOCK_ROWS)
     store = open_store(any_database_url, tmp_path)
     store.write("t", numbers(*range(60_000)))

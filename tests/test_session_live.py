@@ -165,7 +165,7 @@ def test_unloading_takes_everything_back(front, root):
 
 
 def test_autologging_makes_a_run_of_a_fit_and_stores_no_model(front, root):
-    front.run(LOAD)
+    front.run("%load_ext mlops_workbench")
     front.run("from sklearn.linear_model import LinearRegression\nLinearRegression().fit([[1.], [2.], [3.]], [1., 2., 3.])")
     front.run("data = {'frame': 1}")
     table = tracker_of(root).runs()

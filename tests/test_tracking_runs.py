@@ -225,6 +225,24 @@ def test_sensitive_columns_are_found_and_never_reach_the_model(tracker, applicat
     assert stored["fairness"]["verdict"] == direct.verdict and stored["metrics"]["roc_auc"]["value"] == found.metrics["roc_auc"]
 
 
+def test_a_snapshot_of_the_data_floor_is_recognised_and_its_columns_are_found(tracker, applications):
+    from mlops_workbench.data.datasets import Datasets
+
+    frame = applications.reset_index(drop=True)
+    frame.attrs.clear()
+    datasets = Datasets(tracker.workspace)
+    snapshot = datasets.save("applications", frame, target="approve")
+    loaded = datasets.load(snapshot.reference)
+    X = loaded[["income"]]
+    model = LogisticRegression().fit(X[:900], loaded.approve[:900])
+    for data in (snapshot, loaded):
+        with tracker.track("from a snapshot", data=data) as run:
+            evaluation = run.evaluate(model, X[900:], loaded.approve[900:], sensitive="race", resamples=100)
+        assert tracker.get(run).data == (str(snapshot.reference),) and {s.group for s in evaluation.segments} == {"black", "white"}
+        assert run.models[0].profiled
+        assert (str(snapshot.reference), run.reference) in {(e.input, e.output) for e in tracker.workspace.lineage.edges()}
+
+
 def test_a_reset_index_is_refused_rather_than_silently_wrong(applications):
     X = applications[["income"]].iloc[:20].reset_index(drop=True)
     with pytest.raises(TrackingError, match="index"):

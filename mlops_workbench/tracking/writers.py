@@ -70,72 +70,52 @@ def _unnamed(frame: Any) -> str:
         digest = hashlib.sha256(table.to_json(default_handler=str).encode()).hexdigest()
     return f"frame:{len(table)}x{table.shape[1]}:{digest[:16]}"
 
-# %% ../../nbs/api/tracking/writers.ipynb #06cd18c8
-class _Files:
-    "The part of a run that keeps files."
+# %% ../../nbs/api/tracking/writers.ipynb #279dd6b4
+@contextmanager
+def _kept_file(client: Any, run_id: str, path: str) -> Iterator[Path]:
+    "A local file to write, which is then kept under `path` of the run."
+    folder, _, name = path.rpartition("/")
+    with tempfile.TemporaryDirectory() as place:
+        yield Path(place) / name
+        client.log_artifact(run_id, str(Path(place) / name), folder or None)
 
-    def __init__(self, client: Any, run_id: str):
-        self._client, self.run_id, self.reference = client, run_id, run_reference(run_id)
 
-    def log_text(self, text: str, path: str) -> None:
-        "Keep a text as a file of the run, redacted."
-        self._client.log_text(self.run_id, workspace_redactor().text(text), path)
-
-    def log_artifact(self, local: Path | str, path: str | None = None) -> None:
-        "Keep a local file or folder as it is, in the folder `path` of the run. Raises `TrackingError` where there is none."
-        if not Path(local).exists():
-            raise TrackingError(
-                f"there is no file {local}",
-                where=self.reference,
-                fix="write it first; relative paths start at the current folder",
-            )
-        self._client.log_artifact(self.run_id, str(local), path)
-
-    def log_table(self, frame: pd.DataFrame, path: str = "table.csv") -> None:
-        "Keep a table as .csv, .json or .parquet, as the name says."
-        writers = {".csv": "to_csv", ".json": "to_json", ".parquet": "to_parquet"}
-        suffix = Path(path).suffix or ".csv"
-        if suffix not in writers:
-            raise TrackingError(
-                f"a table cannot be kept as {suffix}", where=path, fix="name it .csv, .json or .parquet"
-            )
-        with self._file(path if Path(path).suffix else f"{path}.csv") as file:
-            if suffix == ".csv":
-                frame.to_csv(file, index=frame.index.name is not None)
-            else:
-                getattr(frame, writers[suffix])(file)
-
-    def log_figure(self, figure: Any, path: str = "figure.html") -> None:
-        "Keep a figure: plotly's as .html (plotly.js comes from the network when it is opened) or .json, matplotlib's as .png, .svg or .pdf."
-        if hasattr(figure, "to_plotly_json"):
-            text = figure.to_json() if path.endswith(".json") else figure.to_html(include_plotlyjs="cdn")
-            self._client.log_text(
-                self.run_id, text, path if path.endswith(".json") else str(Path(path).with_suffix(".html"))
-            )
-        elif hasattr(figure, "savefig"):
-            name = path if path.endswith((".png", ".svg", ".pdf")) else str(Path(path).with_suffix(".png"))
-            with self._file(name) as file:
-                figure.savefig(file, bbox_inches="tight")
+def _keep_table(client: Any, run_id: str, frame: pd.DataFrame, path: str) -> None:
+    suffix = Path(path).suffix or ".csv"
+    if suffix not in (".csv", ".json", ".parquet"):
+        raise TrackingError(f"a table cannot be kept as {suffix}", where=path, fix="name it .csv, .json or .parquet")
+    with _kept_file(client, run_id, path if Path(path).suffix else f"{path}.csv") as file:
+        if suffix == ".csv":
+            frame.to_csv(file, index=frame.index.name is not None)
         else:
-            raise TrackingError(
-                f"a {type(figure).__name__} is not a figure", where=path, fix="pass a plotly or matplotlib figure"
-            )
+            frame.to_json(file) if suffix == ".json" else frame.to_parquet(file)
 
-    @contextmanager
-    def _file(self, path: str) -> Iterator[Path]:
-        "A local file to write, which is then kept under `path`."
-        folder, _, name = path.rpartition("/")
-        with tempfile.TemporaryDirectory() as place:
-            yield Path(place) / name
-            self._client.log_artifact(self.run_id, str(Path(place) / name), folder or None)
 
-# %% ../../nbs/api/tracking/writers.ipynb #b4315d5c
-class Run(_Files):
+def _keep_figure(client: Any, run_id: str, figure: Any, path: str) -> None:
+    if hasattr(figure, "to_plotly_json"):
+        plain = path.endswith(".json")
+        client.log_text(
+            run_id,
+            figure.to_json() if plain else figure.to_html(include_plotlyjs="cdn"),
+            path if plain else str(Path(path).with_suffix(".html")),
+        )
+    elif hasattr(figure, "savefig"):
+        with _kept_file(
+            client, run_id, path if path.endswith((".png", ".svg", ".pdf")) else str(Path(path).with_suffix(".png"))
+        ) as file:
+            figure.savefig(file, bbox_inches="tight")
+    else:
+        raise TrackingError(
+            f"a {type(figure).__name__} is not a figure", where=path, fix="pass a plotly or matplotlib figure"
+        )
+
+# %% ../../nbs/api/tracking/writers.ipynb #b9c87a5f
+class Run:
     "A run that is going on. Made by `Tracker.track`."
 
     def __init__(self, client: Any, run_id: str, name: str, data: Any = None):
-        super().__init__(client, run_id)
-        self.name, self.data = name, data
+        self._client, self.run_id, self.name, self.data = client, run_id, name, data
+        self.reference = run_reference(run_id)
         self.models: list[TrackedModel] = []
         self.usage: Usage | None = None  # known once it has ended
         self._parameters: dict[str, Any] = {}
@@ -190,6 +170,28 @@ class Run(_Files):
 
         items = [RunTag(entry_name(k), str(v)) for k, v in {**(tags or {}), **more}.items()]
         self._client.log_batch(self.run_id, tags=items)
+
+    def log_text(self, text: str, path: str) -> None:
+        "Keep a text as a file of the run, redacted."
+        self._client.log_text(self.run_id, workspace_redactor().text(text), path)
+
+    def log_artifact(self, local: Path | str, path: str | None = None) -> None:
+        "Keep a local file or folder as it is, in the folder `path` of the run. Raises `TrackingError` where there is none."
+        if not Path(local).exists():
+            raise TrackingError(
+                f"there is no file {local}",
+                where=self.reference,
+                fix="write it first; relative paths start at the current folder",
+            )
+        self._client.log_artifact(self.run_id, str(local), path)
+
+    def log_table(self, frame: pd.DataFrame, path: str = "table.csv") -> None:
+        "Keep a table as .csv, .json or .parquet, as the name says."
+        _keep_table(self._client, self.run_id, frame, path)
+
+    def log_figure(self, figure: Any, path: str = "figure.html") -> None:
+        "Keep a figure: plotly's as .html (plotly.js comes from the network when it is opened) or .json, matplotlib's as .png, .svg or .pdf."
+        _keep_figure(self._client, self.run_id, figure, path)
 
     def log_model(self, model: Any, *, name: str = "model", example: Any, reference_data: Any = None) -> TrackedModel:
         "Store a fitted model with signature, example, requirements and, from the training frame, its reference profile."

@@ -117,7 +117,7 @@ def _copy(source: Files, name: str, target: Files, new_name: str) -> tuple[str, 
             target.put(new_name, path)
         return found
 
-# %% ../../nbs/api/workspace/backups.ipynb #3c93fbb5
+# %% ../../nbs/api/workspace/backups.ipynb #28648f24
 def _dump(url: str, folder: Path, name: str) -> tuple[Dump, list[Part], int, int]:
     "A database's dump; for the workspace's own also its parts, versions and events, all as of one moment."
     database = Database(url)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Resolver', 'resolve_references', 'step_variables', 'Pipelines']
+__all__ = ['Resolver', 'resolve_references', 'dataset_resolver', 'dataset_digest', 'step_variables', 'Pipelines']
 
 # %% ../../nbs/api/pipelines/runs.ipynb #5723cfe1
 Resolver = Callable[[str], Any]  # a reference -> the same with a version number
@@ -56,6 +56,36 @@ def resolve_references(
     found = resolvers[reference.kind](value)
     return str(getattr(found, "reference", found))
 
+# %% ../../nbs/api/pipelines/runs.ipynb #41efa323
+def dataset_resolver(
+    workspace: Workspace,  # whose datasets
+) -> Resolver:
+    "Gives a dataset reference its version number."
+
+    def resolve(reference: str) -> Any:
+        from mlops_workbench.data.datasets import Datasets
+
+        return Datasets(workspace).resolve(reference)
+
+    return resolve
+
+
+def dataset_digest(
+    workspace: Workspace,  # whose datasets
+) -> Callable[[str], str | None]:
+    "Gives the content digest of a dataset version; None for other kinds, and for versions that are not there."
+
+    def digest_of(reference: str) -> str | None:
+        if not reference.startswith("dataset:"):
+            return None
+        from mlops_workbench.data.datasets import Datasets
+
+        with suppress(WorkbenchError):
+            return Datasets(workspace).snapshot(reference).digest
+        return None
+
+    return digest_of
+
 # %% ../../nbs/api/pipelines/runs.ipynb #b0ce18a1
 def step_variables(
     workspace: Workspace,  # whose MLflow store is connected
@@ -72,7 +102,7 @@ def step_variables(
         variables["MLWB_CONFIG_HOME"] = str(workspace.home)
     return variables
 
-# %% ../../nbs/api/pipelines/runs.ipynb #18b85890
+# %% ../../nbs/api/pipelines/runs.ipynb #29363fc3
 class Pipelines:
     "The pipelines of a workspace, and their runs."
 
@@ -89,9 +119,13 @@ class Pipelines:
     ):
         self.workspace, self.executor = workspace, executor or SequentialExecutor(clock=workspace.clock)
         given = (
-            resolve if isinstance(resolve, Mapping) else {"dataset": resolve} if resolve else {"dataset": self._latest}
+            resolve
+            if isinstance(resolve, Mapping)
+            else {"dataset": resolve}
+            if resolve
+            else {"dataset": dataset_resolver(workspace)}
         )
-        self._resolvers, self._digest_of = given, digest_of or self._content
+        self._resolvers, self._digest_of = given, digest_of or dataset_digest(workspace)
 
     @property
     def folders(self) -> list[Path]:
@@ -221,18 +255,4 @@ class Pipelines:
             import mlflow
 
             return local_folder(uri) or Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-        return None
-
-    def _latest(self, reference: str) -> Any:
-        from mlops_workbench.data.datasets import Datasets
-
-        return Datasets(self.workspace).resolve(reference)
-
-    def _content(self, reference: str) -> str | None:
-        if not reference.startswith("dataset:"):
-            return None
-        from mlops_workbench.data.datasets import Datasets
-
-        with suppress(WorkbenchError):
-            return Datasets(self.workspace).snapshot(reference).digest
         return None

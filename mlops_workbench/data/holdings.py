@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['REFERENCE_ATTR', 'TABLE_PREFIX', 'Holdings']
 
-# %% ../../nbs/api/data/holdings.ipynb #93103529
+# %% ../../nbs/api/data/holdings.ipynb #26913077
 REFERENCE_ATTR = "reference"  # where a loaded frame carries what it is
 TABLE_PREFIX = "dataset:"  # in front of the names of our tables in the store
 
@@ -87,6 +87,11 @@ class Holdings:
         "All versions of a dataset, oldest first."
         plain = parse_reference(name, kind="dataset").name
         return [self._snapshot(plain, v) for v in self._versions(plain)]
+
+    def to_frame(self) -> pd.DataFrame:
+        "The latest version of each dataset, a row each."
+        latest = [self.snapshot(name).to_frame() for name in self.names()]
+        return pd.concat(latest, ignore_index=True) if latest else pd.DataFrame(columns=["reference"])
 
     def _snapshot(self, name: str, version: TableVersion) -> Snapshot:
         reference = f"dataset:{name}@{version.version}"

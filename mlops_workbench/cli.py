@@ -487,7 +487,7 @@ def secret_list() -> None:
 
     show("\n".join(secret_names()))
 
-# %% ../nbs/api/cli.ipynb #03844d82
+# %% ../nbs/api/cli.ipynb #3fab9bfa
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="made where it is missing; continued where it is a workspace")] = Path(
@@ -508,7 +508,7 @@ def demo(
             highlight=False,
         )
     with progress(find_pipeline("credit_scoring")) as on_event:
-        result = demo(folder, on_event=on_event, **parse_parameters(parameter or []))
+        result = demo(folder, on_event=on_event, parameters=parse_parameters(parameter or []))
     show(result, title=f"\nWhat exists now in {folder} ({result.seconds:.0f} s)")
     if not State.as_json:
         console.print(

@@ -130,7 +130,7 @@ def clean_outputs(notebook: Any) -> None:
     notebook.metadata.pop("widgets", None)
 
 
-def execute(path: Path) -> tuple[Any, float, str]:
+def execute(path: Path, attempts: int = 2) -> tuple[Any, float, str]:
     """Run one notebook; returns (notebook with outputs, seconds, error or empty)."""
     notebook = nbformat.read(path, as_version=4)
     leaks = ("MLWB_", "MLFLOW_")  # a surrounding workspace or tracking server is none of the lesson's business
@@ -151,6 +151,8 @@ def execute(path: Path) -> tuple[Any, float, str]:
         error = str(e)
     except Exception as e:
         error = f"{type(e).__name__}: {e}"
+        if "Kernel didn't respond" in error and attempts > 1:  # two kernels that start at once can choose one port
+            return execute(path, attempts - 1)
     return notebook, time.perf_counter() - start, error
 
 

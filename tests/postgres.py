@@ -20,7 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-PLACES = ["/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/local/opt/postgresql*/bin"]
+PLACES = [
+    "/usr/lib/postgresql/*/bin",
+    "/usr/pgsql-*/bin",
+    "/opt/homebrew/opt/postgresql*/bin",
+    "/usr/local/opt/postgresql*/bin",
+]
 
 
 class NoPostgres(Exception):
@@ -31,12 +36,16 @@ def binaries() -> Path:
     """The folder with `initdb` and `postgres`, the newest release first."""
     found = [folder for pattern in PLACES for folder in Path("/").glob(pattern[1:])]
     on_path = shutil.which("initdb")
-    found = sorted(found, key=lambda p: [int(n) for n in str(p).replace("-", "/").split("/") if n.isdigit()], reverse=True)
+    found = sorted(
+        found, key=lambda p: [int(n) for n in str(p).replace("-", "/").split("/") if n.isdigit()], reverse=True
+    )
     found += [Path(os.path.realpath(on_path)).parent] if on_path else []
     for folder in found:
         if (folder / "initdb").exists() and (folder / "postgres").exists():
             return folder
-    raise NoPostgres("PostgreSQL is not installed (no initdb in /usr/lib/postgresql/*/bin or on the PATH); on Debian: apt install postgresql")
+    raise NoPostgres(
+        "PostgreSQL is not installed (no initdb in /usr/lib/postgresql/*/bin or on the PATH); on Debian: apt install postgresql"
+    )
 
 
 def unprivileged() -> dict[str, Any]:
@@ -64,7 +73,9 @@ class Server:
         self.bin, self.as_user = binaries(), unprivileged()
         memory = Path("/dev/shm")  # many small databases are made and dropped: in memory that is several times faster
         roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**31
-        self.folder = Path(tempfile.mkdtemp(prefix="mlwb-pg-", dir=memory if roomy else "/tmp"))  # short: a socket's path has at most 107 bytes
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="mlwb-pg-", dir=memory if roomy else "/tmp")
+        )  # short: a socket's path has at most 107 bytes
         self.password = secrets.token_urlsafe(16)
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
@@ -76,8 +87,24 @@ class Server:
         password.write_text(self.password)
         password.chmod(0o644)  # the folder itself is closed to others
         environment = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "TZ": "UTC"}
-        command = [self.bin / "initdb", "-D", self.folder / "data", "-U", "workbench", "-A", "scram-sha-256", f"--pwfile={password}"]
-        made = subprocess.run([*command, "--no-locale", "-E", "UTF8", "--no-sync"], capture_output=True, text=True, cwd="/", env=environment, **self.as_user)
+        command = [
+            self.bin / "initdb",
+            "-D",
+            self.folder / "data",
+            "-U",
+            "workbench",
+            "-A",
+            "scram-sha-256",
+            f"--pwfile={password}",
+        ]
+        made = subprocess.run(
+            [*command, "--no-locale", "-E", "UTF8", "--no-sync"],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=environment,
+            **self.as_user,
+        )
         if made.returncode:
             raise NoPostgres(f"initdb failed: {made.stderr.strip()[-500:]}")
         for _ in range(5):  # another process may take the port before we do

@@ -31,7 +31,13 @@ def store(any_database_url: str) -> Iterator[EventStore]:
     database = Database(any_database_url)
     store = EventStore(database, FixedClock(step=timedelta(minutes=1)))
     for n in range(COUNT):
-        store.append("dataset.saved", f"dataset:loans@{n + 1}", {"rows": n, "note": "plain"}, actor="ann", idempotency_key=f"key-{n}")
+        store.append(
+            "dataset.saved",
+            f"dataset:loans@{n + 1}",
+            {"rows": n, "note": "plain"},
+            actor="ann",
+            idempotency_key=f"key-{n}",
+        )
     with database.write() as connection:
         if database.dialect == "sqlite":
             for (name,) in connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all():
@@ -54,9 +60,14 @@ def sql(*statements: str) -> Callable[[Connection], None]:
 
 
 def reseal(connection: Connection, seq: int, **changes: object) -> None:
-    row = dict(connection.execute(text("SELECT * FROM events WHERE seq = :seq"), {"seq": seq}).mappings().one()) | changes
+    row = (
+        dict(connection.execute(text("SELECT * FROM events WHERE seq = :seq"), {"seq": seq}).mappings().one()) | changes
+    )
     columns = ", ".join(f"{name} = :{name}" for name in changes)
-    connection.execute(text(f"UPDATE events SET {columns}, digest = :digest WHERE seq = :at"), changes | {"digest": header_digest(row), "at": seq})
+    connection.execute(
+        text(f"UPDATE events SET {columns}, digest = :digest WHERE seq = :at"),
+        changes | {"digest": header_digest(row), "at": seq},
+    )
 
 
 def value(connection: Connection, column: str, seq: int) -> str:
@@ -65,15 +76,24 @@ def value(connection: Connection, column: str, seq: int) -> str:
 
 def edit_body_resealed(connection: Connection) -> None:
     salt, body = "cd" * 32, canonical({"rows": 99})
-    connection.execute(text("UPDATE event_bodies SET salt = :s, body = :b WHERE id = :i"), {"s": salt, "b": body.decode(), "i": value(connection, "id", 5)})
+    connection.execute(
+        text("UPDATE event_bodies SET salt = :s, body = :b WHERE id = :i"),
+        {"s": salt, "b": body.decode(), "i": value(connection, "id", 5)},
+    )
     reseal(connection, 5, payload_digest=payload_digest(salt, body))
 
 
 def drop_and_renumber(connection: Connection) -> None:
-    sql("DELETE FROM event_bodies WHERE id = (SELECT id FROM events WHERE seq = 5)", "DELETE FROM events WHERE seq = 5")(connection)
+    sql(
+        "DELETE FROM event_bodies WHERE id = (SELECT id FROM events WHERE seq = 5)", "DELETE FROM events WHERE seq = 5"
+    )(connection)
     for seq in range(6, COUNT + 1):
         connection.execute(text(f"UPDATE events SET seq = {seq - 1} WHERE seq = {seq}"))
-        reseal(connection, seq - 1, previous=value(connection, "digest", seq - 2) if seq > 6 else value(connection, "previous", 5))
+        reseal(
+            connection,
+            seq - 1,
+            previous=value(connection, "digest", seq - 2) if seq > 6 else value(connection, "previous", 5),
+        )
 
 
 def rewrite_from_5(connection: Connection) -> None:
@@ -161,7 +181,17 @@ def test_an_older_anchor_pins_what_was_before_it(store: EventStore, at: int) -> 
     assert found.ok is (at < 5)  # what came after the anchor can be rewritten unseen
 
 
-@pytest.mark.parametrize("written", ["", "{}", "[]", "null", '{"seq": -1, "digest": "' + "0" * 64 + '", "recorded_at": null}', '{"seq": 1, "digest": "x", "recorded_at": null}'])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"seq": -1, "digest": "' + "0" * 64 + '", "recorded_at": null}',
+        '{"seq": 1, "digest": "x", "recorded_at": null}',
+    ],
+)
 @pytest.mark.fast
 def test_what_is_not_an_anchor(written: str) -> None:
     with pytest.raises(ChainError, match="not an anchor"):
@@ -171,7 +201,9 @@ def test_what_is_not_an_anchor(written: str) -> None:
 def test_an_empty_chain_verifies(any_database_url: str, tmp_path: Path) -> None:
     store = EventStore(Database(any_database_url), FixedClock())
     assert verify(store, store.head()).ok and verify(store).head == store.head() == Anchor(0, GENESIS, None)
-    assert export_events(store, tmp_path / "empty.jsonl").seq == 0 and verify_export(tmp_path / "empty.jsonl").events == 0
+    assert (
+        export_events(store, tmp_path / "empty.jsonl").seq == 0 and verify_export(tmp_path / "empty.jsonl").events == 0
+    )
     assert check_chain(list).ok
 
 
@@ -181,15 +213,23 @@ def test_an_empty_chain_verifies(any_database_url: str, tmp_path: Path) -> None:
 def test_redaction_leaves_a_chain_that_verifies(store: EventStore) -> None:
     events, anchor = list(store.read()), store.head()
     record = redact(store, events[4].reference, "dpo", "request 12")
-    assert record.kind == "event.redacted" and record.subject == f"event:{events[4].id}" and record.body["reason"] == "request 12"
+    assert (
+        record.kind == "event.redacted"
+        and record.subject == f"event:{events[4].id}"
+        and record.body["reason"] == "request 12"
+    )
     checked = verify(store, anchor)
     assert checked.ok and checked.redacted == 1 and checked.unrecorded == () and checked.events == COUNT + 1
     left = store.get(events[4].id)
     assert left.redacted and left.digest == events[4].digest and left.payload_digest == events[4].payload_digest
     with store.database.read() as connection:
-        assert connection.execute(text("SELECT count(*) FROM event_bodies WHERE id = :id"), {"id": left.id}).scalar() == 0
+        assert (
+            connection.execute(text("SELECT count(*) FROM event_bodies WHERE id = :id"), {"id": left.id}).scalar() == 0
+        )
     assert redact(store, left, "somebody", "again") == record and store.head().seq == COUNT + 1
-    assert store.append("dataset.saved", "dataset:loans@5", {"rows": 7}, actor="ann", idempotency_key="key-4") == left  # cannot be compared any more
+    assert (
+        store.append("dataset.saved", "dataset:loans@5", {"rows": 7}, actor="ann", idempotency_key="key-4") == left
+    )  # cannot be compared any more
 
 
 def test_a_crash_in_the_middle_of_a_redaction(store: EventStore) -> None:
@@ -212,7 +252,11 @@ def test_a_crash_in_the_middle_of_a_redaction(store: EventStore) -> None:
 
 def test_what_cannot_be_redacted(store: EventStore) -> None:
     record = redact(store, next(iter(store.read())), "dpo", "request 12")
-    for event, reason, error in [(record, "why", EventError), (store.last(), " ", EventError), ("event:01JGT9Z5T0ZZZZZZZZZZZZZZZZ", "x", UnknownReferenceError)]:
+    for event, reason, error in [
+        (record, "why", EventError),
+        (store.last(), " ", EventError),
+        ("event:01JGT9Z5T0ZZZZZZZZZZZZZZZZ", "x", UnknownReferenceError),
+    ]:
         with pytest.raises(error):
             redact(store, event, "dpo", reason)
     assert store.head().seq == COUNT + 1
@@ -241,18 +285,32 @@ def test_erased_words_are_gone_from_the_sqlite_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bodies", [True, False], ids=["bodies", "sealed"])
 @pytest.mark.parametrize("format", ["jsonl", "cloudevents"])
-def test_an_export_is_checked_without_its_database(store: EventStore, tmp_path: Path, format: str, bodies: bool) -> None:
+def test_an_export_is_checked_without_its_database(
+    store: EventStore, tmp_path: Path, format: str, bodies: bool
+) -> None:
     redact(store, next(iter(store.read(after=3))), "dpo", "request 12")
-    store.append("run.finished", "model:m@1", {"large": 1e20, "text": "\u2028 ö", "none": None, "empty": {}}, actor="ö", correlation_id="job")
+    store.append(
+        "run.finished",
+        "model:m@1",
+        {"large": 1e20, "text": "\u2028 ö", "none": None, "empty": {}},
+        actor="ö",
+        correlation_id="job",
+    )
     store.append("run.finished", "model:m@1", {}, actor="ann")
     path = tmp_path / "trail.jsonl"
     end = export_events(store, path, format=format, bodies=bodies)
     checked = verify_export(path, store.head())
     assert end == store.head() == checked.head and checked.ok, checked
-    assert (checked.events, checked.redacted, checked.withheld) == (COUNT + 3, 1, 0) if bodies else (COUNT + 3, 0, COUNT + 3)
+    assert (
+        (checked.events, checked.redacted, checked.withheld) == (COUNT + 3, 1, 0)
+        if bodies
+        else (COUNT + 3, 0, COUNT + 3)
+    )
     assert ("plain" in path.read_text()) is bodies and [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
     stream = io.StringIO()
-    assert export_events(store, stream, format=format, bodies=bodies) == end and stream.getvalue() == path.read_text(encoding="utf-8")
+    assert export_events(store, stream, format=format, bodies=bodies) == end and stream.getvalue() == path.read_text(
+        encoding="utf-8"
+    )
 
 
 def edited(lines: list[dict], name: str, new: object) -> list[dict]:
@@ -275,10 +333,18 @@ def test_a_changed_export_is_found(store: EventStore, tmp_path: Path, format: st
         (tmp_path / "bad").write_text("\n".join(json.dumps(line) for line in changed))
         found = verify_export(tmp_path / "bad", store.head()).first_bad
         assert found is not None and (found.reason, found.seq) == (reason, seq)
-    (tmp_path / "bad").write_text("\n".join(json.dumps(line) for line in [*lines[:4], {k: v for k, v in lines[4].items() if k != "salt"}, *lines[5:]]))
+    (tmp_path / "bad").write_text(
+        "\n".join(
+            json.dumps(line) for line in [*lines[:4], {k: v for k, v in lines[4].items() if k != "salt"}, *lines[5:]]
+        )
+    )
     assert verify_export(tmp_path / "bad").first_bad.reason == "edited body"
     for name in lines[4]:  # a line that lacks any one field is never accepted
-        (tmp_path / "bad").write_text("\n".join(json.dumps(line) for line in [*lines[:4], {k: v for k, v in lines[4].items() if k != name}, *lines[5:]]))
+        (tmp_path / "bad").write_text(
+            "\n".join(
+                json.dumps(line) for line in [*lines[:4], {k: v for k, v in lines[4].items() if k != name}, *lines[5:]]
+            )
+        )
         optional = {"specversion", "source", "datacontenttype", "correlation_id", "causation_id", "body", "data"}
         try:
             ok = verify_export(tmp_path / "bad").ok
@@ -287,14 +353,25 @@ def test_a_changed_export_is_found(store: EventStore, tmp_path: Path, format: st
         assert not ok or name in optional, name
 
 
-anything = st.recursive(st.none() | st.integers() | st.text(max_size=9), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+anything = st.recursive(
+    st.none() | st.integers() | st.text(max_size=9), lambda inner: st.lists(inner, max_size=3), max_leaves=4
+)
 names = ["seq", "id", "kind", "subject", "body", "salt", "digest", "specversion", "sequence", "type"]
-odd_lines = st.fixed_dictionaries(dict.fromkeys(names[:4], anything), optional=dict.fromkeys(names[4:], anything)).map(lambda v: json.dumps(v).encode())
+odd_lines = st.fixed_dictionaries(dict.fromkeys(names[:4], anything), optional=dict.fromkeys(names[4:], anything)).map(
+    lambda v: json.dumps(v).encode()
+)
 
 
 @pytest.mark.fast
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode), anything.map(lambda v: json.dumps(v).encode()), odd_lines))
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=200).map(str.encode),
+        anything.map(lambda v: json.dumps(v).encode()),
+        odd_lines,
+    )
+)
 def test_any_file_is_either_an_export_or_told_apart(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "some.jsonl"
     path.write_bytes(content)
@@ -317,20 +394,34 @@ def test_exports_that_cannot_be_written_or_read(store: EventStore, tmp_path: Pat
     (tmp_path / "x").write_text("before")
     with pytest.raises(ChainError, match="event 5"):
         export_events(store, tmp_path / "x")
-    assert (tmp_path / "x").read_text() == "before" and [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+    assert (tmp_path / "x").read_text() == "before" and [
+        p.name for p in tmp_path.iterdir() if "partial" in p.name
+    ] == []
 
 
 @pytest.mark.fast
 def test_cloudevents_keep_to_the_standard(tmp_path: Path) -> None:
     """CloudEvents 1.0: required attributes, names of lower-case letters and digits, no null attributes, RFC 3339 times."""
     store = EventStore(Database(f"sqlite:///{tmp_path / 'events.db'}"), FixedClock())
-    event = store.append("dataset.saved", "dataset:loans@1", {"rows": 3}, actor="ann", correlation_id="job", causation_id="c")
+    event = store.append(
+        "dataset.saved", "dataset:loans@1", {"rows": 3}, actor="ann", correlation_id="job", causation_id="c"
+    )
     cloud = to_cloudevent(event, "urn:lender")
-    assert {"id", "source", "specversion", "type"} <= cloud.keys() and cloud["specversion"] == "1.0" and cloud["source"] == "urn:lender"
+    assert (
+        {"id", "source", "specversion", "type"} <= cloud.keys()
+        and cloud["specversion"] == "1.0"
+        and cloud["source"] == "urn:lender"
+    )
     assert all(name.isalnum() and name == name.lower() and len(name) <= 20 for name in cloud)
-    assert all(v is not None for v in cloud.values()) and cloud["data"] == {"rows": 3} and cloud["datacontenttype"] == "application/json"
+    assert (
+        all(v is not None for v in cloud.values())
+        and cloud["data"] == {"rows": 3}
+        and cloud["datacontenttype"] == "application/json"
+    )
     assert all(isinstance(v, (str, bool)) or -(2**31) <= v < 2**31 for name, v in cloud.items() if name != "data")
-    assert cloud["time"] == "2026-01-05T09:00:00.000000Z" and cloud["sequence"] == "1" and cloud["correlationid"] == "job"
+    assert (
+        cloud["time"] == "2026-01-05T09:00:00.000000Z" and cloud["sequence"] == "1" and cloud["correlationid"] == "job"
+    )
     redact(store, event, "dpo", "request")
     assert "data" not in to_cloudevent(store.get(event.id)) and json.dumps(cloud)
 

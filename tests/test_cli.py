@@ -18,7 +18,11 @@ class Shell:
     def __init__(self, folder: Path):
         self.folder, self.root = folder, folder / "lending"
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("MLWB_", "MLFLOW_")) and k != "IN_TEST"}
-        self.env |= {"MLWB_CONFIG_HOME": str(folder / "config"), "COLUMNS": "200", "XDG_CACHE_HOME": str(folder / "cache")}
+        self.env |= {
+            "MLWB_CONFIG_HOME": str(folder / "config"),
+            "COLUMNS": "200",
+            "XDG_CACHE_HOME": str(folder / "cache"),
+        }
 
     def __call__(self, *words: str, status: int = 0, cwd: Path | None = None, stdin: str | None = None) -> str:
         done = subprocess.run(
@@ -104,7 +108,9 @@ def pipeline(root: Path, name: str, definition: str, cells: dict[str, list[str]]
         ("unmade", 'steps:\n  a: {notebook: a.ipynb}\n  b: {notebook: b.ipynb, parameters: {x: "${a.rows}"}}\n', {"a.ipynb": ["# parameters"], "b.ipynb": ["# parameters\nx: int = 1"]}, "rows"),
     ],
 )  # fmt: skip
-def test_a_wrong_pipeline_is_refused_before_anything_starts(shell: Shell, name: str, definition: str, cells: dict[str, list[str]], says: str) -> None:
+def test_a_wrong_pipeline_is_refused_before_anything_starts(
+    shell: Shell, name: str, definition: str, cells: dict[str, list[str]], says: str
+) -> None:
     pipeline(shell.root, name, definition, cells)
     before = shell.digest()
     message = shell("run", name, status=1)
@@ -114,8 +120,17 @@ def test_a_wrong_pipeline_is_refused_before_anything_starts(shell: Shell, name: 
 
 @pytest.mark.process
 def test_a_cell_that_fails_in_the_middle_and_a_rerun(shell: Shell) -> None:
-    cells = ["# parameters\ngoal: int = 1  # 1 fails", "from mlops_workbench import output\nassert goal != 1, 'the goal is one'", "output('made', goal)"]
-    pipeline(shell.root, "middle", "parameters:\n  goal: {type: int, default: 1}\nsteps:\n  work: {notebook: w.ipynb, parameters: {goal: \"${goal}\"}, outputs: {made: value}}\n", {"w.ipynb": cells})
+    cells = [
+        "# parameters\ngoal: int = 1  # 1 fails",
+        "from mlops_workbench import output\nassert goal != 1, 'the goal is one'",
+        "output('made', goal)",
+    ]
+    pipeline(
+        shell.root,
+        "middle",
+        'parameters:\n  goal: {type: int, default: 1}\nsteps:\n  work: {notebook: w.ipynb, parameters: {goal: "${goal}"}, outputs: {made: value}}\n',
+        {"w.ipynb": cells},
+    )
     message = shell("run", "middle", status=1)
     assert "the goal is one" in message and "work" in message and ".ipynb" in message
     assert "goal" in shell("run", "middle", "-p", "goal=many", status=1)
@@ -156,7 +171,14 @@ def test_secrets_and_roles(shell: Shell) -> None:
     assert shell("role", "list").split() == [me, "administrator"]
     assert "without an administrator" in shell("role", "grant", me, "reader", status=1)
     stranger = {**shell.env, "MLWB_CONFIG_HOME": str(shell.folder / "stranger")}
-    done = subprocess.run([*MLWB, "data", "erase", "loans", "amount", "101", "--yes"], cwd=shell.root, env=stranger, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*MLWB, "data", "erase", "loans", "amount", "101", "--yes"],
+        cwd=shell.root,
+        env=stranger,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and "mlwb role grant" in done.stderr
 
 

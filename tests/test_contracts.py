@@ -28,7 +28,35 @@ CLOCK = FixedClock("2026-01-05T09:00:00Z")
 # ── the file ───────────────────────────────────────────────────────────────────────────────────────────────
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
-odd = st.sampled_from(["no", "yes", "null", "~", "1e3", "0x1F", "1:30", "2026-01-05", "#x", "a: b", "- a", "'", '"', " lead", "a\nb", "\u2028", "\x85", "é", "<<", "=", "{a}", "&a", "*a", "!t", "%"])
+odd = st.sampled_from(
+    [
+        "no",
+        "yes",
+        "null",
+        "~",
+        "1e3",
+        "0x1F",
+        "1:30",
+        "2026-01-05",
+        "#x",
+        "a: b",
+        "- a",
+        "'",
+        '"',
+        " lead",
+        "a\nb",
+        "\u2028",
+        "\x85",
+        "é",
+        "<<",
+        "=",
+        "{a}",
+        "&a",
+        "*a",
+        "!t",
+        "%",
+    ]
+)
 names = texts | odd
 finite = st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False)
 days = st.dates(dt.date(1900, 1, 1), dt.date(2100, 1, 1)).map(str)
@@ -37,7 +65,12 @@ days = st.dates(dt.date(1900, 1, 1), dt.date(2100, 1, 1)).map(str)
 @st.composite
 def column_rules(draw: Any) -> ColumnRules:
     kind = draw(st.sampled_from(COLUMN_TYPES))
-    rules: dict[str, Any] = {"type": kind, "max_missing": draw(st.floats(0, 1)), "required": draw(st.booleans()), "personal": draw(st.booleans())}
+    rules: dict[str, Any] = {
+        "type": kind,
+        "max_missing": draw(st.floats(0, 1)),
+        "required": draw(st.booleans()),
+        "personal": draw(st.booleans()),
+    }
     if kind in ("integer", "number"):
         rules["min"], rules["max"] = sorted(draw(st.tuples(finite, finite)))
     elif kind in ("datetime", "date"):
@@ -55,9 +88,20 @@ def column_rules(draw: Any) -> ColumnRules:
 def contracts(draw: Any) -> Contract:
     columns = draw(st.dictionaries(names, column_rules(), min_size=1, max_size=4))
     moments = [name for name, rules in columns.items() if rules.type in ("datetime", "date")]
-    keys = draw(st.lists(st.lists(st.sampled_from(sorted(columns)), min_size=1, max_size=2, unique=True).map(tuple), max_size=2).map(tuple))
+    keys = draw(
+        st.lists(
+            st.lists(st.sampled_from(sorted(columns)), min_size=1, max_size=2, unique=True).map(tuple), max_size=2
+        ).map(tuple)
+    )
     fresh = (draw(st.sampled_from(moments)), "36 hours") if moments and draw(st.booleans()) else None
-    table = TableRules(draw(st.none() | st.integers(0, 10)), draw(st.none() | st.integers(10, 10**9)), draw(st.booleans()), keys, fresh, draw(st.none() | st.floats(0, 1)))
+    table = TableRules(
+        draw(st.none() | st.integers(0, 10)),
+        draw(st.none() | st.integers(10, 10**9)),
+        draw(st.booleans()),
+        keys,
+        fresh,
+        draw(st.none() | st.floats(0, 1)),
+    )
     return Contract(draw(names), columns, table, draw(st.none() | names), draw(st.just("") | names))
 
 
@@ -118,15 +162,30 @@ def test_every_misspelt_table_rule_is_an_error(rule: str) -> None:
 
 
 def test_a_repeated_key_is_an_error_at_every_level() -> None:
-    for good, line in (("name: loans\n", 3), ("{min_rows: 1", 3), ("  income: {type: number, min: 0, max: 10}\n", 6), ("type: string, ", 6)):
+    for good, line in (
+        ("name: loans\n", 3),
+        ("{min_rows: 1", 3),
+        ("  income: {type: number, min: 0, max: 10}\n", 6),
+        ("type: string, ", 6),
+    ):
         again = good.removeprefix("{") + (", " if good.startswith("{") else "")
         with pytest.raises(ContractError, match="twice") as caught:
-            parse_contract(GOOD.replace(good, ("{" if good.startswith("{") else "") + again + again.removesuffix(", ") if good.startswith("{") else good + good))
+            parse_contract(
+                GOOD.replace(
+                    good,
+                    ("{" if good.startswith("{") else "") + again + again.removesuffix(", ")
+                    if good.startswith("{")
+                    else good + good,
+                )
+            )
         assert caught.value.line == line
 
 
 def test_a_number_is_one_promise_however_it_is_written() -> None:
-    whole, real = (Contract("t", {"x": ColumnRules("number", min=low, max=high, max_missing=low)}) for low, high in ((0, 10), (0.0, 10.0)))
+    whole, real = (
+        Contract("t", {"x": ColumnRules("number", min=low, max=high, max_missing=low)})
+        for low, high in ((0, 10), (0.0, 10.0))
+    )
     assert whole.digest == real.digest and whole.to_yaml() == real.to_yaml()
     assert whole.digest != whole.amend("x", max=10.5).digest
 
@@ -157,7 +216,9 @@ BY_HAND = pa.DataFrameSchema(
         "count": pa.Column(int, [pa.Check.ge(0)]),
         "place": pa.Column(str, [pa.Check.isin(["a", "b"])]),
         "code": pa.Column(str, [pa.Check.str_matches(r"^[a-z]{2}\Z")], unique=True),
-        "note": pa.Column(object, [pa.Check(lambda s: s.isna().mean() <= 0.5, ignore_na=False)], nullable=True, required=False),
+        "note": pa.Column(
+            object, [pa.Check(lambda s: s.isna().mean() <= 0.5, ignore_na=False)], nullable=True, required=False
+        ),
     },
     checks=[pa.Check(lambda frame: 2 <= len(frame) <= 6)],
     strict=True,
@@ -171,7 +232,15 @@ rows = st.fixed_dictionaries(
         "note": st.sampled_from(["x", None]),
     }
 )
-kept_rows = st.fixed_dictionaries({"amount": st.sampled_from([0.0, 100.0]), "count": st.just(1), "place": st.just("a"), "code": st.sampled_from(["aa", "ab", "ba", "bb", "cc"]), "note": st.sampled_from(["x", None])})
+kept_rows = st.fixed_dictionaries(
+    {
+        "amount": st.sampled_from([0.0, 100.0]),
+        "count": st.just(1),
+        "place": st.just("a"),
+        "code": st.sampled_from(["aa", "ab", "ba", "bb", "cc"]),
+        "note": st.sampled_from(["x", None]),
+    }
+)
 
 
 def verdict_by_hand(frame: pd.DataFrame) -> tuple[bool, set[str]]:
@@ -181,12 +250,17 @@ def verdict_by_hand(frame: pd.DataFrame) -> tuple[bool, set[str]]:
     except pa.errors.SchemaErrors as e:
         cases = e.failure_cases
         by_column = set(cases.loc[cases.schema_context == "Column", "column"])
-        absent = set(cases.loc[cases["check"].astype(str).isin(["column_in_dataframe", "column_in_schema"]), "failure_case"])
+        absent = set(
+            cases.loc[cases["check"].astype(str).isin(["column_in_dataframe", "column_in_schema"]), "failure_case"]
+        )
         return False, by_column | absent
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(rows, min_size=1, max_size=8) | st.lists(kept_rows, min_size=2, max_size=5), st.sampled_from([None, "note", "place", "extra"]))
+@given(
+    st.lists(rows, min_size=1, max_size=8) | st.lists(kept_rows, min_size=2, max_size=5),
+    st.sampled_from([None, "note", "place", "extra"]),
+)
 def test_the_verdict_is_that_of_pandera_written_by_hand(records: list[dict[str, Any]], change: str | None) -> None:
     frame = pd.DataFrame(records).astype({"place": object, "code": object, "note": object})
     frame = frame.assign(extra=1) if change == "extra" else frame.drop(columns=change) if change else frame
@@ -208,18 +282,41 @@ def test_counts_and_rows_are_those_of_plain_numpy(values: list[float]) -> None:
 
 
 def test_moments_days_and_categories() -> None:
-    rules = Contract("t", {"when": ColumnRules("datetime", min="2026-01-01", max="2026-01-31T12:00:00Z"), "day": ColumnRules("date", min="2026-01-02"), "size": ColumnRules("string", categories=("s", "m"))})
-    frame = pd.DataFrame({"when": [pd.Timestamp("2026-01-01"), pd.Timestamp("2026-01-31 11:00"), pd.Timestamp("2026-02-01")], "day": [dt.date(2026, 1, 1), dt.date(2026, 1, 2), None], "size": pd.Categorical(["s", "m", "l"])})
+    rules = Contract(
+        "t",
+        {
+            "when": ColumnRules("datetime", min="2026-01-01", max="2026-01-31T12:00:00Z"),
+            "day": ColumnRules("date", min="2026-01-02"),
+            "size": ColumnRules("string", categories=("s", "m")),
+        },
+    )
+    frame = pd.DataFrame(
+        {
+            "when": [pd.Timestamp("2026-01-01"), pd.Timestamp("2026-01-31 11:00"), pd.Timestamp("2026-02-01")],
+            "day": [dt.date(2026, 1, 1), dt.date(2026, 1, 2), None],
+            "size": pd.Categorical(["s", "m", "l"]),
+        }
+    )
     verdict = validate(frame, rules, clock=CLOCK)
-    assert [(f.column, f.rule, f.rows) for f in verdict.failures] == [("when", "max", (2,)), ("day", "max_missing", (2,)), ("day", "min", (0,)), ("size", "categories", (2,))]
+    assert [(f.column, f.rule, f.rows) for f in verdict.failures] == [
+        ("when", "max", (2,)),
+        ("day", "max_missing", (2,)),
+        ("day", "min", (0,)),
+        ("size", "categories", (2,)),
+    ]
     aware = frame.assign(when=frame.when.dt.tz_localize("Europe/Berlin"))
-    assert [f.rows for f in validate(aware, rules, clock=CLOCK).failures if f.column == "when"] == [(0,), (2,)]  # midnight in Berlin is the day before in UTC
+    assert [f.rows for f in validate(aware, rules, clock=CLOCK).failures if f.column == "when"] == [
+        (0,),
+        (2,),
+    ]  # midnight in Berlin is the day before in UTC
 
 
 def test_the_same_rows_are_found_in_a_categorical_column_of_numbers() -> None:
     rules = Contract("t", {"n": ColumnRules("integer", min=1, max=2)})
     assert validate(pd.DataFrame({"n": pd.Categorical([1, 2, 3])}), rules, clock=CLOCK).failures[0].rows == (2,)
-    assert validate(pd.DataFrame({"n": pd.array([1, None, 3], dtype="Int64")}), rules.amend("n", max_missing=0.5), clock=CLOCK).failures[0].rows == (2,)
+    assert validate(
+        pd.DataFrame({"n": pd.array([1, None, 3], dtype="Int64")}), rules.amend("n", max_missing=0.5), clock=CLOCK
+    ).failures[0].rows == (2,)
 
 
 def test_freshness_asks_the_clock() -> None:
@@ -235,7 +332,9 @@ def test_freshness_asks_the_clock() -> None:
 
 
 def test_no_report_holds_a_value_of_a_personal_column() -> None:
-    frame = pd.DataFrame({"name": ["Ann Unseen", "Bob Unseen", "Cy Unseen"] * 50, "tax": [10**6 + i for i in range(150)]})
+    frame = pd.DataFrame(
+        {"name": ["Ann Unseen", "Bob Unseen", "Cy Unseen"] * 50, "tax": [10**6 + i for i in range(150)]}
+    )
     contract = infer_contract(frame, "people", personal=["name", "tax"])
     assert "Unseen" not in contract.to_yaml() and "1000" not in contract.to_yaml()
     strict = contract.amend("name", pattern="[a-z]+").amend("tax", type="integer", min=0, max=5)
@@ -292,7 +391,9 @@ def test_data_keeps_the_contract_inferred_from_it(frame: pd.DataFrame) -> None:
 
 def test_an_infinite_value_is_in_no_range() -> None:
     frame = pd.DataFrame({"ratio": [0.5, float("inf"), 2.0]})
-    assert [(f.rule, f.rows) for f in validate(frame, infer_contract(frame, "t"), clock=CLOCK).failures] == [("max", (1,))]
+    assert [(f.rule, f.rows) for f in validate(frame, infer_contract(frame, "t"), clock=CLOCK).failures] == [
+        ("max", (1,))
+    ]
     assert infer_contract(pd.DataFrame({"ratio": [float("inf")]}), "t").columns["ratio"].max is None
 
 

@@ -49,7 +49,14 @@ def datasets(workspace: Workspace) -> Datasets:
 
 def table(n: int = 200, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    return pd.DataFrame({"id": np.arange(n) + 1000 * seed, "amount": rng.normal(100, 15, n), "place": rng.choice(["north", "south"], n), "paid": rng.integers(0, 2, n)})
+    return pd.DataFrame(
+        {
+            "id": np.arange(n) + 1000 * seed,
+            "amount": rng.normal(100, 15, n),
+            "place": rng.choice(["north", "south"], n),
+            "paid": rng.integers(0, 2, n),
+        }
+    )
 
 
 def trail(workspace: Workspace) -> list[tuple[str, str]]:
@@ -121,8 +128,12 @@ def test_names_move_and_can_be_asked_as_of_a_moment(datasets: Datasets, workspac
     datasets.tag("sales@1", "golden")
     datasets.tag("sales@1", "golden")  # said once
     assert datasets.tags("sales", at=before) == {"golden": 2} and datasets.tags("sales") == {"golden": 1}
-    assert str(datasets.resolve("dataset:sales@golden")) == "dataset:sales@1" and datasets.snapshot("sales@golden").tags == ("golden",)
-    assert [e.body for e in workspace.events.read(kind="dataset.tagged")] == [{"tag": "golden", "version": v} for v in (1, 2, 3, None, 1)]
+    assert str(datasets.resolve("dataset:sales@golden")) == "dataset:sales@1" and datasets.snapshot(
+        "sales@golden"
+    ).tags == ("golden",)
+    assert [e.body for e in workspace.events.read(kind="dataset.tagged")] == [
+        {"tag": "golden", "version": v} for v in (1, 2, 3, None, 1)
+    ]
     for wrong in ("latest", "7", "a b", ""):
         with pytest.raises(ReferenceFormatError):
             datasets.tag("sales@1", wrong)
@@ -138,7 +149,12 @@ def test_a_branch_leaves_the_main_line_alone(datasets: Datasets) -> None:
     datasets.save("sales", table(seed=1))
     first = datasets.save("sales", table(seed=2), branch="trial")
     second = datasets.save("sales", table(seed=3), branch="trial")
-    assert (first.version, second.version, datasets.resolve("sales").version, datasets.resolve("sales@trial").version) == (2, 3, 1, 3)
+    assert (
+        first.version,
+        second.version,
+        datasets.resolve("sales").version,
+        datasets.resolve("sales@trial").version,
+    ) == (2, 3, 1, 3)
     assert datasets.verdict(second)["reference"] == "dataset:sales@2"
     with pytest.raises(TableError, match="another branch"):
         datasets.save("sales", table(20, seed=4), append=True)
@@ -152,7 +168,9 @@ def test_a_branch_leaves_the_main_line_alone(datasets: Datasets) -> None:
 
 
 @pytest.mark.fast
-def test_nothing_is_left_of_a_save_that_failed(datasets: Datasets, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_save_that_failed(
+    datasets: Datasets, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "empty.csv").write_bytes(b"")
     (tmp_path / "binary.csv").write_bytes(b"\x00\x01\x02")
     bad: list[tuple[Any, dict[str, Any]]] = [
@@ -204,13 +222,19 @@ def test_a_broken_contract_file_stops_a_save(datasets: Datasets, workspace: Work
     assert datasets.save("sales", table(seed=2)).contract == "contract:sales@1" and path.read_text() == good
     path.write_text(good.replace("extra_columns: false", "extra_columns: true"))
     third = datasets.save("sales", table(seed=3).assign(more=1))
-    assert third.valid and third.contract == "contract:sales@2" and datasets.verdict("sales@1")["contract"] == "contract:sales@1"
+    assert (
+        third.valid
+        and third.contract == "contract:sales@2"
+        and datasets.verdict("sales@1")["contract"] == "contract:sales@1"
+    )
     with pytest.raises(ContractError, match="personal"):
         datasets.save("sales", table(seed=4), personal=["place"])
 
 
 @pytest.mark.fast
-def test_every_change_asks_for_authority(datasets: Datasets, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_change_asks_for_authority(
+    datasets: Datasets, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets.save("sales", table())
     asked: list[str] = []
 
@@ -225,21 +249,35 @@ def test_every_change_asks_for_authority(datasets: Datasets, workspace: Workspac
     for verb in verbs:
         with pytest.raises(NotAuthorisedError):
             verb()
-    assert asked == ["data.save", "data.tag", "data.validate", "data.erase", "data.register", "data.erase"] and trail(workspace) == before
+    assert (
+        asked == ["data.save", "data.tag", "data.validate", "data.erase", "data.register", "data.erase"]
+        and trail(workspace) == before
+    )
 
 
 # ── provenance ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.fast
-def test_the_trail_holds_no_secret_no_value_and_no_path_of_this_machine(datasets: Datasets, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trail_holds_no_secret_no_value_and_no_path_of_this_machine(
+    datasets: Datasets, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"sqlite:///{workspace.root}/bank.db"
-    people = table().assign(surname=[f"Unseen{i % 50}" for i in range(200)], amount=lambda d: d.amount.where(d.index != 7, -98765.5))
+    people = table().assign(
+        surname=[f"Unseen{i % 50}" for i in range(200)], amount=lambda d: d.amount.where(d.index != 7, -98765.5)
+    )
     people.to_sql("t", sa.create_engine(url), index=False)
     monkeypatch.setenv("MLWB_SECRET_BANK", url)
-    datasets.save("people", Sql("secret:BANK", "SELECT * FROM t WHERE surname <> 'Hidden Name'"), personal=["surname"], owner="shop")
+    datasets.save(
+        "people",
+        Sql("secret:BANK", "SELECT * FROM t WHERE surname <> 'Hidden Name'"),
+        personal=["surname"],
+        owner="shop",
+    )
     people.assign(paid=0).to_csv(workspace.root / "people.csv", index=False)
-    datasets.contracts.path("people").write_text(datasets.contracts.path("people").read_text().replace("personal: true", "personal: true\n    pattern: '[a-z]+'"))
+    datasets.contracts.path("people").write_text(
+        datasets.contracts.path("people").read_text().replace("personal: true", "personal: true\n    pattern: '[a-z]+'")
+    )
     second = datasets.save("people", workspace.root / "people.csv")
     assert not second.valid
     written = json.dumps([e.body for e in workspace.events.read()])
@@ -254,9 +292,18 @@ def test_lineage_is_recorded_without_being_asked_for(datasets: Datasets, workspa
     datasets.save("raw", workspace.root / "in.csv", tags=["golden"])
     clean = datasets.load("raw@golden").query("amount > 90").assign(ratio=1.0)
     datasets.save("clean", clean)
-    datasets.save("features", table(seed=5), parents=["dataset:clean", "dataset:raw@golden"], activity="run:01JGT9Z5T0ZZZZZZZZZZZZZZZZ")
+    datasets.save(
+        "features",
+        table(seed=5),
+        parents=["dataset:clean", "dataset:raw@golden"],
+        activity="run:01JGT9Z5T0ZZZZZZZZZZZZZZZZ",
+    )
     edges = {(e.input.split("-")[0], e.output) for e in datasets.built_from("raw").edges}
-    assert edges == {("dataset:raw@1", "dataset:clean@1"), ("dataset:clean@1", "dataset:features@1"), ("dataset:raw@1", "dataset:features@1")}
+    assert edges == {
+        ("dataset:raw@1", "dataset:clean@1"),
+        ("dataset:clean@1", "dataset:features@1"),
+        ("dataset:raw@1", "dataset:features@1"),
+    }
     assert any(n.startswith("source:in.csv-") for n in workspace.lineage.graph("dataset:features@1", "up").nodes)
     assert datasets.built_from("features").edges == ()
 
@@ -280,12 +327,20 @@ def test_forgetting_reaches_every_version_and_says_nobodys_name(datasets: Datase
 @pytest.mark.fast
 def test_by_reference(datasets: Datasets, tmp_path: Path) -> None:
     table().to_parquet(tmp_path / "far.parquet")
-    far = datasets.register("far", f"file://{tmp_path}/far.parquet", snapshot="a", schema=table(2), rows=200, owner="web", target="paid")
-    assert far.created and not datasets.register("far", f"file://{tmp_path}/far.parquet", snapshot="a", schema=table(2)).created
+    far = datasets.register(
+        "far", f"file://{tmp_path}/far.parquet", snapshot="a", schema=table(2), rows=200, owner="web", target="paid"
+    )
+    assert (
+        far.created
+        and not datasets.register("far", f"file://{tmp_path}/far.parquet", snapshot="a", schema=table(2)).created
+    )
     pd.testing.assert_frame_equal(far.to_pandas(), table())
     near = datasets.save("far", table(seed=3))  # a copy on top of it
     assert near.version == 2 and near.target == "paid"
-    for bad in ({"uri": "s3://u:pw@b/x.parquet", "snapshot": 1, "schema": table(2)}, {"uri": "s3://b/x.parquet", "snapshot": 1, "schema": table(2), "target": "pade"}):
+    for bad in (
+        {"uri": "s3://u:pw@b/x.parquet", "snapshot": 1, "schema": table(2)},
+        {"uri": "s3://b/x.parquet", "snapshot": 1, "schema": table(2), "target": "pade"},
+    ):
         with pytest.raises(WorkbenchError) as caught:
             datasets.register("other", **bad)
         assert "pw" not in str(caught.value)
@@ -296,7 +351,12 @@ def test_diff(datasets: Datasets) -> None:
     datasets.save("sales", table(400, seed=1))
     datasets.save("sales", table(400, seed=1).assign(amount=lambda d: d.amount * 2, extra=1))
     found = datasets.diff("sales@1", keys=["id"])
-    assert found.drifted == ["amount"] and found.table.changes["amount"] == 400 and found.table.columns_added and not found.equal
+    assert (
+        found.drifted == ["amount"]
+        and found.table.changes["amount"] == 400
+        and found.table.columns_added
+        and not found.equal
+    )
     assert datasets.diff("sales@1", "sales@1").equal
     json.dumps(found.to_dict())
     assert "amount" in found._repr_html_()
@@ -314,7 +374,11 @@ def test_the_same_on_sqlite_and_postgresql(any_database_url: str, monkeypatch: p
     datasets.save("sales", table(seed=3))
     datasets.tag("sales@3", "golden")
     datasets.erase("sales", "id", [1003])
-    assert [(s.version, s.rows, s.tags, s.contract) for s in datasets.versions("sales")] == [(1, 199, (), "contract:sales@1"), (2, 399, (), "contract:sales@1"), (3, 200, ("golden",), "contract:sales@2")]
+    assert [(s.version, s.rows, s.tags, s.contract) for s in datasets.versions("sales")] == [
+        (1, 199, (), "contract:sales@1"),
+        (2, 399, (), "contract:sales@1"),
+        (3, 200, ("golden",), "contract:sales@2"),
+    ]
     assert verify(workspace.events).ok
     workspace.close()
 
@@ -341,7 +405,14 @@ for i in range(times):
 
 def start(root: Path, seed: int, times: int) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", SAVER, str(root), str(seed), str(times)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        [sys.executable, "-c", SAVER, str(root), str(seed), str(times)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
 
 
 def go(process: subprocess.Popen[str]) -> None:
@@ -358,7 +429,9 @@ def consistent(workspace: Workspace) -> Datasets:
     versions = datasets.versions("shared")
     saved = list(workspace.events.read(kind="dataset.saved"))
     assert [v.version for v in versions] == list(range(1, len(versions) + 1))
-    assert [e.subject for e in saved] == [v.reference for v in versions] and [e.body["digest"] for e in saved if e.body] == [v.digest for v in versions]
+    assert [e.subject for e in saved] == [v.reference for v in versions] and [
+        e.body["digest"] for e in saved if e.body
+    ] == [v.digest for v in versions]
     validated = [e.subject for e in workspace.events.read(kind="dataset.validated")]
     assert validated == [v.reference for v in versions]
     contracts = datasets.contracts.history("shared")
@@ -385,7 +458,9 @@ def test_processes_that_save_the_same_name_lose_nothing() -> None:
     assert sorted(numbers) == list(range(1, 13))
     datasets = consistent(workspace)
     assert len(datasets.contracts.history("shared")) == 1
-    assert {(f.saver.iloc[0], f.turn.iloc[0]) for f in (v.to_pandas() for v in datasets.versions("shared"))} == {(s, i) for s in (1, 2, 3) for i in range(4)}
+    assert {(f.saver.iloc[0], f.turn.iloc[0]) for f in (v.to_pandas() for v in datasets.versions("shared"))} == {
+        (s, i) for s in (1, 2, 3) for i in range(4)
+    }
     for seed in (1, 2, 3):
         tagged = datasets.load(f"shared@saver{seed}")
         assert (tagged.saver == seed).all() and (tagged.turn == 3).all()
@@ -404,7 +479,12 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_all_of_it_or_nothing() 
         worker.send_signal(signal.SIGKILL)
         worker.wait()
         before = len(consistent(workspace).versions("shared"))
-        after = Datasets(workspace).save("shared", pd.DataFrame({"id": range(60), "x": np.random.default_rng(round).normal(size=60), "saver": 0, "turn": round}))
+        after = Datasets(workspace).save(
+            "shared",
+            pd.DataFrame(
+                {"id": range(60), "x": np.random.default_rng(round).normal(size=60), "saver": 0, "turn": round}
+            ),
+        )
         assert after.created and after.version == before + 1
     workspace.tables.collect(grace=timedelta(0))
     consistent(workspace)

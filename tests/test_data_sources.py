@@ -32,7 +32,16 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 6).flatmap(lambda n: st.tuples(*[st.lists(c, min_size=n, max_size=n) for c in (st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), words)])))
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.tuples(
+            *[
+                st.lists(c, min_size=n, max_size=n)
+                for c in (st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), words)
+            ]
+        )
+    )
+)
 def test_what_pandas_wrote_comes_back_bit_for_bit(columns: tuple[list[Any], ...]) -> None:
     frame = pd.DataFrame(dict(zip(["whole", "real", "text"], columns, strict=True)))
     back = read_delimited(frame.to_csv(index=False).encode(), "t.csv")
@@ -41,7 +50,11 @@ def test_what_pandas_wrote_comes_back_bit_for_bit(columns: tuple[list[Any], ...]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass")) | st.text('abc,;"\n 1.5', max_size=40).map(str.encode))
+@given(
+    st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass"))
+    | st.text('abc,;"\n 1.5', max_size=40).map(str.encode)
+)
 def test_any_bytes_are_a_table_or_a_source_error(data: bytes) -> None:
     try:
         frame = read_delimited(data, "upload.csv")
@@ -112,7 +125,13 @@ def test_a_bad_file_is_told_what_is_wrong_with_it(case: str, tmp_path: Path) -> 
 
 
 def test_the_fix_that_is_named_works(tmp_path: Path) -> None:
-    fixes: dict[str, dict[str, Any]] = {"latin": {"encoding": "cp1252"}, "utf16": {"encoding": "utf-16"}, "semicolon": {"sep": ";"}, "headless": {"names": ["x", "y"]}, "mixed": {"na_values": ["?"]}}
+    fixes: dict[str, dict[str, Any]] = {
+        "latin": {"encoding": "cp1252"},
+        "utf16": {"encoding": "utf-16"},
+        "semicolon": {"sep": ";"},
+        "headless": {"names": ["x", "y"]},
+        "mixed": {"na_values": ["?"]},
+    }
     for case, options in fixes.items():
         (tmp_path / "t.csv").write_bytes(BAD[case][0])
         frame, _ = read_source(tmp_path / "t.csv", **options)
@@ -157,7 +176,13 @@ def test_damaged_and_missing_files(folder: Path) -> None:
 
 def test_a_query_changes_nothing_and_makes_no_file(folder: Path) -> None:
     url = f"sqlite:///{folder}/bank.db"
-    for query in ("DELETE FROM loans", "SELECT nonsense FROM loans", "SELECT a.age, b.age FROM loans a, loans b", "", "SELECT * FROM loans WHERE age > 100"):
+    for query in (
+        "DELETE FROM loans",
+        "SELECT nonsense FROM loans",
+        "SELECT a.age, b.age FROM loans a, loans b",
+        "",
+        "SELECT * FROM loans WHERE age > 100",
+    ):
         with pytest.raises(SourceError):
             read_source(Sql(url, query))
     assert len(read_source(Sql(url, "SELECT * FROM loans"))[0]) == 2
@@ -184,7 +209,12 @@ def test_no_part_of_a_credential_survives(token: str, host: str, path: str) -> N
 def test_an_error_of_a_database_does_not_give_the_password_away(monkeypatch: pytest.MonkeyPatch) -> None:
     url = "postgresql+psycopg://ana:hunter2@127.0.0.1:1/bank"
     monkeypatch.setenv("MLWB_SECRET_BANK", url)
-    for sql in (Sql(url, "SELECT 1"), Sql("secret:BANK", "SELECT 1"), Sql(url.replace("psycopg", "nosuchdriver"), "SELECT 1"), Sql(url.replace("postgresql", "nosuch"), "SELECT 1")):
+    for sql in (
+        Sql(url, "SELECT 1"),
+        Sql("secret:BANK", "SELECT 1"),
+        Sql(url.replace("psycopg", "nosuchdriver"), "SELECT 1"),
+        Sql(url.replace("postgresql", "nosuch"), "SELECT 1"),
+    ):
         with pytest.raises(SourceError) as caught:
             read_source(sql)
         everything = f"{caught.value} {caught.value.facts} {sql!r} {caught.value.__cause__}"
@@ -203,7 +233,19 @@ def test_what_a_database_says_is_stripped_of_credentials(monkeypatch: pytest.Mon
     assert "more" not in str(caught.value)
 
 
-@pytest.mark.parametrize("query", ["SELECT * FROM t WHERE n = 'J. Doe'", "SELECT 'J. Doe''s'", "SELECT 1 -- J. Doe", "SELECT 1 /* J. Doe\n*/", "SELECT * FROM t WHERE ssn = 123456789", "SELECT $$J. Doe$$", r"SELECT 'a\'J. Doe'", "SELECT 'J. Doe"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT * FROM t WHERE n = 'J. Doe'",
+        "SELECT 'J. Doe''s'",
+        "SELECT 1 -- J. Doe",
+        "SELECT 1 /* J. Doe\n*/",
+        "SELECT * FROM t WHERE ssn = 123456789",
+        "SELECT $$J. Doe$$",
+        r"SELECT 'a\'J. Doe'",
+        "SELECT 'J. Doe",
+    ],
+)
 def test_literals_are_not_kept(query: str) -> None:
     shown = mask_query(query)
     assert "Doe" not in shown and "123456789" not in shown and shown.startswith("SELECT")

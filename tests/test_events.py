@@ -67,9 +67,18 @@ def test_the_seals_can_be_computed_without_our_code(store: EventStore) -> None:
 
 
 def test_what_append_returns_is_what_is_read(store: EventStore) -> None:
-    body = {"float": 1e20, "whole": 3.0, "text": "\u2028 \x00 ö \U0001f3e0", "none": None, "list": (1, 2), "deep": {"a": [{}]}}
+    body = {
+        "float": 1e20,
+        "whole": 3.0,
+        "text": "\u2028 \x00 ö \U0001f3e0",
+        "none": None,
+        "list": (1, 2),
+        "deep": {"a": [{}]},
+    }
     given = {"actor": "ö", "correlation_id": "job", "causation_id": "x", "idempotency_key": "key", "kind_version": 2}
-    written = store.append("run.finished", "model:credit@7", body, occurred_at=datetime(2020, 1, 1, tzinfo=UTC), **given)
+    written = store.append(
+        "run.finished", "model:credit@7", body, occurred_at=datetime(2020, 1, 1, tzinfo=UTC), **given
+    )
     read = next(iter(store.read()))
     assert read == written == store.get(written.id) and read.body["list"] == [1, 2]
     assert written.occurred_at == datetime(2020, 1, 1, tzinfo=UTC) and written.recorded_at.year == 2026
@@ -78,8 +87,14 @@ def test_what_append_returns_is_what_is_read(store: EventStore) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -115,11 +130,16 @@ def test_what_cannot_be_an_event_is_refused_and_leaves_nothing(store: EventStore
 
 
 def test_every_question_against_a_plain_loop(store: EventStore) -> None:
-    kinds, subjects = ["dataset.saved", "dataset.tagged", "datasets.saved", "run.started"], ["dataset:a@1", "dataset:a", "model:m@2"]
+    kinds, subjects = (
+        ["dataset.saved", "dataset.tagged", "datasets.saved", "run.started"],
+        ["dataset:a@1", "dataset:a", "model:m@2"],
+    )
     with store.database.write() as connection:
         for i in range(60):
             job = f"job-{i % 5}" if i % 2 else None
-            store.append(kinds[i % 4], subjects[i % 3], {"i": i}, actor="ann", correlation_id=job, connection=connection)
+            store.append(
+                kinds[i % 4], subjects[i % 3], {"i": i}, actor="ann", correlation_id=job, connection=connection
+            )
     everything = list(store.read())
     assert [e.seq for e in everything] == list(range(1, 61))
     t1, t2 = everything[9].recorded_at, everything[29].recorded_at
@@ -130,7 +150,10 @@ def test_every_question_against_a_plain_loop(store: EventStore) -> None:
         ({"subject": "dataset:a"}, lambda e: e.subject == "dataset:a"),
         ({"correlation_id": "job-3"}, lambda e: e.correlation_id == "job-3"),
         ({"since": t1, "until": t2}, lambda e: t1 <= e.recorded_at <= t2),
-        ({"until": timestamp(t2), "kind": "dataset.*"}, lambda e: e.recorded_at <= t2 and e.kind.startswith("dataset.")),
+        (
+            {"until": timestamp(t2), "kind": "dataset.*"},
+            lambda e: e.recorded_at <= t2 and e.kind.startswith("dataset."),
+        ),
         ({"after": 17, "upto": 40}, lambda e: 17 < e.seq <= 40),
     ]
     for question, holds in questions:
@@ -138,7 +161,11 @@ def test_every_question_against_a_plain_loop(store: EventStore) -> None:
         assert expected and list(store.read(**question)) == expected, question
         assert list(store.read(**question, limit=3)) == expected[:3]
     assert [row["seq"] for row in store.rows(batch=7)] == list(range(1, 61))
-    assert list(store.read(limit=0)) == [] and store.last().seq == 60 and store.last("dataset:a@1", "run.started").seq == 52
+    assert (
+        list(store.read(limit=0)) == []
+        and store.last().seq == 60
+        and store.last("dataset:a@1", "run.started").seq == 52
+    )
 
 
 def test_reading_ends_where_the_chain_ended_at_the_call(store: EventStore) -> None:
@@ -183,7 +210,11 @@ def test_of_several_bodies_under_one_key_the_first_wins(store: EventStore) -> No
 
 def test_recorded_at_never_goes_backwards(store: EventStore) -> None:
     """Three machines whose clocks disagree, one of them running backwards."""
-    clocks = [FixedClock("2026-01-05T12:00:00Z", timedelta(seconds=-7)), FixedClock("2026-01-05T11:00:00Z", timedelta(minutes=9)), FixedClock("2025-01-01", timedelta(0))]
+    clocks = [
+        FixedClock("2026-01-05T12:00:00Z", timedelta(seconds=-7)),
+        FixedClock("2026-01-05T11:00:00Z", timedelta(minutes=9)),
+        FixedClock("2025-01-01", timedelta(0)),
+    ]
     for i in range(30):
         store.clock = clocks[i % 3]
         add(store)
@@ -210,15 +241,26 @@ def test_a_catalog_row_and_its_event_are_one(store: EventStore) -> None:
             connection.execute(insert(catalog), {"number": number})
             failing()
     with store.database.read() as connection:
-        rows = [connection.execute(select(func.count()).select_from(t)).scalar() for t in (catalog, events_table, bodies_table)]
+        rows = [
+            connection.execute(select(func.count()).select_from(t)).scalar()
+            for t in (catalog, events_table, bodies_table)
+        ]
     assert rows == [1, 1, 1] and store.head().seq == 1 and verify(store).ok
     assert add(store)[0].seq == 2  # no gap
 
 
 def test_the_tables_guard_themselves(store: EventStore) -> None:
     add(store, 2)
-    statements = ["UPDATE events SET actor = 'x' WHERE seq = 1", "DELETE FROM events WHERE seq = 2", "UPDATE event_bodies SET body = '{}'"]
-    statements += ["INSERT OR REPLACE INTO events SELECT * FROM events"] if store.database.dialect == "sqlite" else ["TRUNCATE events CASCADE"]
+    statements = [
+        "UPDATE events SET actor = 'x' WHERE seq = 1",
+        "DELETE FROM events WHERE seq = 2",
+        "UPDATE event_bodies SET body = '{}'",
+    ]
+    statements += (
+        ["INSERT OR REPLACE INTO events SELECT * FROM events"]
+        if store.database.dialect == "sqlite"
+        else ["TRUNCATE events CASCADE"]
+    )
     for statement in statements:
         with pytest.raises(DBAPIError, match="append-only"), store.database.write() as connection:
             connection.execute(text(statement))
@@ -288,7 +330,9 @@ def test_sqlite_is_full_at_each_possible_page(tmp_path: Path, room: int) -> None
         try:
             with database.write() as connection:
                 connection.execute(insert(catalog), {"number": number})
-                store.append("dataset.saved", "dataset:loans@1", {"text": "x" * 9000}, actor="ann", connection=connection)
+                store.append(
+                    "dataset.saved", "dataset:loans@1", {"text": "x" * 9000}, actor="ann", connection=connection
+                )
         except StorageError as error:
             assert error.trouble == "full" and error.fix
             failed += 1
@@ -304,7 +348,11 @@ def test_sqlite_is_full_at_each_possible_page(tmp_path: Path, room: int) -> None
 def small_disk() -> Iterator[Path]:
     """A real file system of two megabytes."""
     folder = Path(tempfile.mkdtemp(prefix="mlwb-small-", dir="/tmp"))
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode
+        == 0
+    )
     if not mounted:
         folder.rmdir()
         pytest.skip("a small disk can only be mounted by root")
@@ -320,7 +368,9 @@ def test_a_real_disk_that_fills_up_sqlite(small_disk: Path) -> None:
     acknowledged = []
     with pytest.raises(StorageError) as caught:
         for i in range(1000):
-            acknowledged.append(store.append("dataset.saved", "dataset:loans@1", {"text": "x" * 20_000, "i": i}, actor="ann").id)
+            acknowledged.append(
+                store.append("dataset.saved", "dataset:loans@1", {"text": "x" * 20_000, "i": i}, actor="ann").id
+            )
     assert caught.value.trouble in ("full", "io") and 10 < len(acknowledged) < 1000
     database.close()
     with tempfile.TemporaryDirectory() as roomy:
@@ -346,11 +396,17 @@ def test_a_real_disk_that_fills_up_postgresql(small_disk: Path, postgres_server:
     store = EventStore(Database(url), SystemClock())
     postgres_server.run(f"CREATE TABLESPACE {name}_small LOCATION '{place}'")
     try:
-        postgres_server.run(f"ALTER TABLE event_bodies SET TABLESPACE {name}_small", "ALTER TABLE event_bodies ALTER body SET STORAGE PLAIN", database=name)
+        postgres_server.run(
+            f"ALTER TABLE event_bodies SET TABLESPACE {name}_small",
+            "ALTER TABLE event_bodies ALTER body SET STORAGE PLAIN",
+            database=name,
+        )
         acknowledged = []
         with pytest.raises(StorageError) as caught:
             for i in range(2000):
-                acknowledged.append(store.append("dataset.saved", "dataset:loans@1", {"text": "x" * 7000, "i": i}, actor="ann").id)
+                acknowledged.append(
+                    store.append("dataset.saved", "dataset:loans@1", {"text": "x" * 7000, "i": i}, actor="ann").id
+                )
         assert caught.value.trouble == "full" and len(acknowledged) > 10
         assert verify(store).ok and [e.id for e in store.read()] == acknowledged
         postgres_server.run("ALTER TABLE event_bodies SET TABLESPACE pg_default", database=name)
@@ -408,12 +464,20 @@ def test_a_role_that_may_only_read(postgres_server: Server) -> None:
     name = url.rsplit("/", 1)[1]
     add(EventStore(Database(url), SystemClock()), 2)
     role = f"reader_{name}"
-    postgres_server.run(f"CREATE ROLE {role} LOGIN PASSWORD 'reader'", f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}", database=name)
+    postgres_server.run(
+        f"CREATE ROLE {role} LOGIN PASSWORD 'reader'",
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}",
+        database=name,
+    )
     reader = EventStore(Database(f"postgresql://{role}:reader@127.0.0.1:{postgres_server.port}/{name}"), SystemClock())
     assert len(list(reader.read())) == 2 and verify(reader).ok
     with pytest.raises(StorageError) as caught:
         add(reader)
-    assert caught.value.trouble == "readonly" and "reader@" not in str(caught.value) and ":reader" not in caught.value.where
+    assert (
+        caught.value.trouble == "readonly"
+        and "reader@" not in str(caught.value)
+        and ":reader" not in caught.value.where
+    )
 
 
 @pytest.mark.service
@@ -422,7 +486,9 @@ def test_a_connection_that_the_server_ends(postgres_server: Server) -> None:
     name = url.rsplit("/", 1)[1]
     store = EventStore(Database(url), SystemClock())
     add(store)
-    ending = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+    ending = (
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+    )
     with pytest.raises(StorageError) as caught, store.database.write() as connection:
         store.append("dataset.saved", "dataset:loans@1", {}, actor="ann", connection=connection)
         postgres_server.run(ending)

@@ -54,7 +54,9 @@ def checkpoints(store: EventStore) -> list[int]:
 def fill(store: EventStore, n: int) -> list:
     kinds = ["dataset.saved", "dataset.tagged", "run.finished"]
     with store.database.write() as connection:
-        return [store.append(kinds[i % 3], "dataset:loans", {"n": i}, actor="ann", connection=connection) for i in range(n)]
+        return [
+            store.append(kinds[i % 3], "dataset:loans", {"n": i}, actor="ann", connection=connection) for i in range(n)
+        ]
 
 
 steps = st.one_of(
@@ -100,7 +102,9 @@ def test_checkpoints_are_used_and_bounded(store: EventStore) -> None:
     assert fold(store, everything, every=20) == fold(store, everything, every=0)
     assert checkpoints(store) == [80]
     for event in events:  # asking for every moment there was
-        assert fold(store, everything, at=event.recorded_at, every=20) == fold(store, everything, at=event.recorded_at, every=0)
+        assert fold(store, everything, at=event.recorded_at, every=20) == fold(
+            store, everything, at=event.recorded_at, every=0
+        )
     assert checkpoints(store) == [20, 40, 60, 80]
     seen = []
     counting = Fold("everything", 1, dict, lambda state, event: seen.append(event.seq) or remember(state, event))
@@ -131,7 +135,12 @@ def test_a_redaction_while_a_fold_is_on_its_way(store: EventStore) -> None:
 
     fold(store, Fold("slow", 1, dict, slow), every=5)
     assert checkpoints(store) == [5] or checkpoints(store) == []  # 5 was stored before, and removed by the redaction
-    racing = Fold("racing", 1, dict, lambda state, event: redact(store, event, "dpo", "now") and state if event.seq == 3 else remember(state, event))
+    racing = Fold(
+        "racing",
+        1,
+        dict,
+        lambda state, event: redact(store, event, "dpo", "now") and state if event.seq == 3 else remember(state, event),
+    )
     fold(store, racing, every=5)
     assert checkpoints(store) == []
 
@@ -154,7 +163,11 @@ def test_code_and_upcasters_are_part_of_the_key(store: EventStore) -> None:
     new = fold(store, everything, every=5, upcasters=casters)
     assert new != old and new == fold(store, everything, every=0, upcasters=casters)
     casters.register("dataset.saved", 2)(lambda body: {"n": -body["n"]})
-    assert fold(store, everything, every=5, upcasters=casters) == fold(store, everything, every=0, upcasters=casters) != new
+    assert (
+        fold(store, everything, every=5, upcasters=casters)
+        == fold(store, everything, every=0, upcasters=casters)
+        != new
+    )
     changed = Fold("everything", 2, dict, lambda state, event: {"last": event.seq})
     assert fold(store, changed, every=5) == {"last": 10}
 

@@ -41,14 +41,18 @@ def write_for_ever(url: str, acknowledged: str, pause: float = 0.0) -> None:
     while True:
         number += 1
         with store.database.write() as connection:
-            made = store.append("dataset.saved", "dataset:loans", {"n": number}, actor=f"writer-{os.getpid()}", connection=connection)
+            made = store.append(
+                "dataset.saved", "dataset:loans", {"n": number}, actor=f"writer-{os.getpid()}", connection=connection
+            )
             connection.execute(insert(catalog), {"id": made.id})
         os.write(receipts, f"{made.seq} {made.id} {made.digest}\n".encode())
         time.sleep(pause)
 
 
 @contextmanager
-def running(count: int, target: Callable[..., None], *arguments: object) -> Iterator[list[multiprocessing.process.BaseProcess]]:
+def running(
+    count: int, target: Callable[..., None], *arguments: object
+) -> Iterator[list[multiprocessing.process.BaseProcess]]:
     """`count` processes; whoever still runs at the end is killed."""
     processes = [fork.Process(target=target, args=arguments, daemon=True) for _ in range(count)]
     for process in processes:
@@ -128,7 +132,11 @@ def test_a_new_workspace_opened_by_eight_at_once(any_database_url: str) -> None:
     def begin() -> None:
         start.wait()
         try:
-            told.put(open_store(any_database_url).append("workspace.created", "workspace:w", {}, actor="a", idempotency_key="genesis").id)
+            told.put(
+                open_store(any_database_url)
+                .append("workspace.created", "workspace:w", {}, actor="a", idempotency_key="genesis")
+                .id
+            )
         except BaseException as error:
             told.put(repr(error))
 
@@ -185,4 +193,6 @@ def test_a_fork_inside_a_transaction(any_database_url: str) -> None:
     child.join(5)
     sqlite = store.database.dialect == "sqlite"
     assert results == (["forked"] * 2 if sqlite else ["appended"] * 2)
-    assert [event.actor for event in store.read()] == ["parent"] + ([] if sqlite else ["child"] * 2) and verify(store).ok
+    assert [event.actor for event in store.read()] == ["parent"] + ([] if sqlite else ["child"] * 2) and verify(
+        store
+    ).ok

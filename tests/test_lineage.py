@@ -80,7 +80,14 @@ def test_recorded_with_the_thing_or_not_at_all(lineage: Lineage) -> None:
         raise ZeroDivisionError
     assert lineage.edges() == [] and lineage.events.head().seq == 0
     for _ in range(2):
-        made = lineage.record("dataset:a@2", {"dataset:a@1": "base"}, actor="ann", activity="step:clean", idempotency_key="k", correlation_id="job")
+        made = lineage.record(
+            "dataset:a@2",
+            {"dataset:a@1": "base"},
+            actor="ann",
+            activity="step:clean",
+            idempotency_key="k",
+            correlation_id="job",
+        )
     assert made.seq == 1 and made.correlation_id == "job"
     assert lineage.edges() == [Edge("dataset:a@1", "dataset:a@2", "step:clean", "base", f"event:{made.id}")]
     lineage.record("dataset:a@2", {"dataset:a@1": "base"}, actor="ann", activity="step:clean")
@@ -91,7 +98,9 @@ def test_an_erased_record_no_longer_says_what_went_in(lineage: Lineage) -> None:
     first = lineage.record("dataset:a@2", ["dataset:a@1"], actor="ann")
     lineage.record("dataset:a@3", ["dataset:a@2"], actor="ann")
     redact(lineage.events, first, "dpo", "request")
-    assert [(e.input, e.output) for e in lineage.edges()] == [("dataset:a@2", "dataset:a@3")] and verify(lineage.events).ok
+    assert [(e.input, e.output) for e in lineage.edges()] == [("dataset:a@2", "dataset:a@3")] and verify(
+        lineage.events
+    ).ok
 
 
 def test_both_directions_and_shared_names(lineage: Lineage) -> None:
@@ -114,5 +123,14 @@ def test_both_directions_and_shared_names(lineage: Lineage) -> None:
 @pytest.mark.fast
 def test_text_in_a_graph_is_escaped() -> None:
     """Roles are free text: they must not become markup."""
-    graph = LineageGraph("dataset:a@1", "up", ("dataset:a@1", "dataset:b@1"), (Edge("dataset:b@1", "dataset:a@1", None, '<script>"]', ""),))
-    assert "<script>" not in graph._repr_html_() and "<" not in graph.mermaid() and '"]' not in graph.mermaid().split("-->")[1]
+    graph = LineageGraph(
+        "dataset:a@1",
+        "up",
+        ("dataset:a@1", "dataset:b@1"),
+        (Edge("dataset:b@1", "dataset:a@1", None, '<script>"]', ""),),
+    )
+    assert (
+        "<script>" not in graph._repr_html_()
+        and "<" not in graph.mermaid()
+        and '"]' not in graph.mermaid().split("-->")[1]
+    )

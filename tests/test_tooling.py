@@ -183,7 +183,9 @@ def test_readme_holds_the_two_commands_once() -> None:
         'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]" && python -m tests',
     ):
         assert lines.count(command) == 1, command
-    assert not re.search(r"(DEMO|DEV)_(MB|MINUTES)|TODO|FIXME", "\n".join(lines)), "a number that nobody has measured yet"
+    assert not re.search(r"(DEMO|DEV)_(MB|MINUTES)|TODO|FIXME", "\n".join(lines)), (
+        "a number that nobody has measured yet"
+    )
 
 
 @pytest.mark.fast

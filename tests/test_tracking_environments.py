@@ -27,8 +27,19 @@ pytestmark = pytest.mark.fast
 
 
 def git(folder: Path, *arguments: str) -> str:
-    names = ["-c", "user.name=Ana", "-c", "user.email=ana@example.org", "-c", "commit.gpgsign=false", "-c", "init.defaultBranch=main"]
-    return subprocess.run(["git", "-C", str(folder), *names, *arguments], check=True, capture_output=True, text=True).stdout
+    names = [
+        "-c",
+        "user.name=Ana",
+        "-c",
+        "user.email=ana@example.org",
+        "-c",
+        "commit.gpgsign=false",
+        "-c",
+        "init.defaultBranch=main",
+    ]
+    return subprocess.run(
+        ["git", "-C", str(folder), *names, *arguments], check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.fixture
@@ -45,7 +56,13 @@ def repository(tmp_path: Path) -> Path:
 def test_a_clean_tree_has_no_gaps_from_any_folder_of_it(repository):
     (repository / "sub").mkdir()
     found = git_revision(repository / "sub")
-    assert (found.commit, found.branch, found.dirty, found.diff, found.gaps) == (git(repository, "rev-parse", "HEAD").strip(), "main", False, "", ())
+    assert (found.commit, found.branch, found.dirty, found.diff, found.gaps) == (
+        git(repository, "rev-parse", "HEAD").strip(),
+        "main",
+        False,
+        "",
+        (),
+    )
 
 
 def test_staged_and_unstaged_changes_are_both_in_the_diff_and_secrets_are_not(repository):
@@ -53,12 +70,20 @@ def test_staged_and_unstaged_changes_are_both_in_the_diff_and_secrets_are_not(re
     git(repository, "add", ".")
     (repository / "train.py").write_text("rate = 0.2\ntoken = 'abc12345678'\nknown = 'correct-horse'\n")
     found = git_revision(repository, Redactor({"HORSE": "correct-horse"}))
-    assert found.dirty and "+rate = 0.2" in found.diff and "abc12345678" not in found.diff and "«redacted:HORSE»" in found.diff
+    assert (
+        found.dirty
+        and "+rate = 0.2" in found.diff
+        and "abc12345678" not in found.diff
+        and "«redacted:HORSE»" in found.diff
+    )
 
 
 @pytest.mark.parametrize("limit", range(120, 420, 20))
 def test_a_cut_diff_never_ends_inside_a_secret(repository, limit):
-    (repository / "train.py").write_text("".join(f"line_{i} = {i}\n" for i in range(5)) + "password = 'hunter2hunter2'\nkey = '''-----BEGIN PRIVATE KEY-----\nMIIEabcd\nMIIEefgh\n-----END PRIVATE KEY-----'''\n")
+    (repository / "train.py").write_text(
+        "".join(f"line_{i} = {i}\n" for i in range(5))
+        + "password = 'hunter2hunter2'\nkey = '''-----BEGIN PRIVATE KEY-----\nMIIEabcd\nMIIEefgh\n-----END PRIVATE KEY-----'''\n"
+    )
     found = git_revision(repository, limit=limit)
     assert "hunter" not in found.diff and "MIIE" not in found.diff
     assert len(found.diff.encode()) <= limit and bool(found.cut) == ("«redacted:private-key»" not in found.diff)
@@ -69,7 +94,13 @@ def test_a_deleted_file_a_detached_head_and_a_remote_with_a_password(repository)
     git(repository, "checkout", "-q", "--detach")
     (repository / "train.py").unlink()
     found = git_revision(repository)
-    assert found.branch == "" and found.dirty and "-rate = 0.1" in found.diff and "hunter2" not in found.remote and "git.example/loans" in found.remote
+    assert (
+        found.branch == ""
+        and found.dirty
+        and "-rate = 0.1" in found.diff
+        and "hunter2" not in found.remote
+        and "git.example/loans" in found.remote
+    )
     assert "detached" in str(found)
 
 
@@ -128,12 +159,16 @@ def test_inside_a_git_hook_the_hooks_own_variables_do_not_mislead(repository, tm
 
 def test_packages_are_what_importlib_says_and_a_new_one_is_seen(tmp_path, monkeypatch):
     found = installed_packages()
-    assert found["numpy"] == importlib.metadata.version("numpy") and found["scikit-learn"] == importlib.metadata.version("scikit-learn")
+    assert found["numpy"] == importlib.metadata.version("numpy") and found[
+        "scikit-learn"
+    ] == importlib.metadata.version("scikit-learn")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "brand-new" not in installed_packages()
     time.sleep(0.02)
     (tmp_path / "Brand_New-1.2.dist-info").mkdir()
-    (tmp_path / "Brand_New-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: Brand_New\nVersion: 1.2\n")
+    (tmp_path / "Brand_New-1.2.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: Brand_New\nVersion: 1.2\n"
+    )
     assert installed_packages()["brand-new"] == "1.2"
 
 
@@ -149,7 +184,11 @@ def test_requirements_name_what_is_inside_the_model():
             self.files = fsspec.filesystem("memory")
 
     names = [r.partition("==")[0] for r in model_requirements(Own())]
-    assert {"scikit-learn", "fsspec", "cloudpickle", "numpy", "pandas"} <= set(names) and "pytest" not in names and "tests" not in names
+    assert (
+        {"scikit-learn", "fsspec", "cloudpickle", "numpy", "pandas"} <= set(names)
+        and "pytest" not in names
+        and "tests" not in names
+    )
     assert all("==" in r for r in model_requirements())
 
 
@@ -178,10 +217,14 @@ def test_a_paths_secret_and_an_absent_card_tool(monkeypatch):
 @pytest.mark.process
 def test_cpu_seconds_include_workers_living_and_ended():
     burn = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\n{}"
-    old = subprocess.Popen([sys.executable, "-c", burn.format(0.4, "print('burnt', flush=True)\ntime.sleep(60)")], stdout=subprocess.PIPE)
+    old = subprocess.Popen(
+        [sys.executable, "-c", burn.format(0.4, "print('burnt', flush=True)\ntime.sleep(60)")], stdout=subprocess.PIPE
+    )
     old.stdout.readline()  # it has burnt its 0.4 s before the meter starts
     meter = UsageMeter()
-    living = subprocess.Popen([sys.executable, "-c", burn.format(0.5, "print('burnt', flush=True)\ntime.sleep(60)")], stdout=subprocess.PIPE)
+    living = subprocess.Popen(
+        [sys.executable, "-c", burn.format(0.5, "print('burnt', flush=True)\ntime.sleep(60)")], stdout=subprocess.PIPE
+    )
     subprocess.run([sys.executable, "-c", burn.format(0.5, "")], check=True)
     living.stdout.readline()
     used = meter.stop().cpu_seconds

@@ -40,9 +40,17 @@ def tracker() -> Tracker:
 @pytest.fixture(scope="module")
 def applications() -> pd.DataFrame:
     rng = np.random.default_rng(11)
-    frame = pd.DataFrame({"income": rng.normal(4, 1, 1500), "debt": rng.normal(2, 0.7, 1500), "race": rng.choice(["black", "white"], 1500, p=[0.3, 0.7])})
+    frame = pd.DataFrame(
+        {
+            "income": rng.normal(4, 1, 1500),
+            "debt": rng.normal(2, 0.7, 1500),
+            "race": rng.choice(["black", "white"], 1500, p=[0.3, 0.7]),
+        }
+    )
     frame.index = rng.permutation(1500) + 5000
-    frame["approve"] = (frame.income - frame.debt + 1.5 * (frame.race == "white") + rng.normal(0, 1, 1500) > 2).astype(int)
+    frame["approve"] = (frame.income - frame.debt + 1.5 * (frame.race == "white") + rng.normal(0, 1, 1500) > 2).astype(
+        int
+    )
     frame.attrs["reference"] = "dataset:loans@3"
     return frame
 
@@ -62,7 +70,9 @@ def test_what_is_no_run_reference_is_refused(bad):
 
 
 def test_everything_about_a_run_is_captured_and_read_back(tracker, applications):
-    with tracker.track("all", data=applications, parameters={"model": {"C": 1.0}}, tags={"team": "risk"}, seed=7, description="why") as run:
+    with tracker.track(
+        "all", data=applications, parameters={"model": {"C": 1.0}}, tags={"team": "risk"}, seed=7, description="why"
+    ) as run:
         first = np.random.rand()
         run.log_metrics({"auc": 0.81, "nan": math.nan, "inf": math.inf})
         mlflow.log_param("plain", 1)
@@ -71,8 +81,17 @@ def test_everything_about_a_run_is_captured_and_read_back(tracker, applications)
     np.random.seed(7)
     assert np.random.rand() == first
     found = tracker.get(run)
-    assert (found.status, found.data, found.name, found.tags["team"]) == ("finished", ("dataset:loans@3",), "all", "risk")
-    assert found.parameters == {"model.C": "1.0", "plain": "1", "seed": "7"} and math.isnan(found.metrics["nan"]) and found.metrics["loss"] == pytest.approx(1 / 3)
+    assert (found.status, found.data, found.name, found.tags["team"]) == (
+        "finished",
+        ("dataset:loans@3",),
+        "all",
+        "risk",
+    )
+    assert (
+        found.parameters == {"model.C": "1.0", "plain": "1", "seed": "7"}
+        and math.isnan(found.metrics["nan"])
+        and found.metrics["loss"] == pytest.approx(1 / 3)
+    )
     assert [m.value for m in mlflow.MlflowClient().get_metric_history(run.run_id, "loss")] == [1, 1 / 2, 1 / 3]
     assert found.environment["seeds"]["given"] == 7 and found.environment["packages"]["numpy"] == np.__version__
     assert found.metrics["usage/seconds"] == pytest.approx(run.usage.duration) and mlflow.active_run() is None
@@ -95,12 +114,27 @@ def test_lineage_runs_from_data_to_run_to_every_model(tracker, applications):
     model = LogisticRegression().fit(applications[["income"]], applications.approve)
     with tracker.track("two models", data=[applications, "dataset:rates@2"]) as run:
         kept = run.log_model(model, example=applications[["income"]])
-        plain = mlflow.sklearn.log_model(model, name="plain", pip_requirements=["scikit-learn"], serialization_format="cloudpickle")
+        plain = mlflow.sklearn.log_model(
+            model, name="plain", pip_requirements=["scikit-learn"], serialization_format="cloudpickle"
+        )
     edges = {(e.input, e.output) for e in tracker.workspace.lineage.edges()}
-    assert {("dataset:loans@3", run.reference), ("dataset:rates@2", run.reference), (run.reference, kept.reference), (run.reference, f"model:{plain.model_id}@1")} <= edges
+    assert {
+        ("dataset:loans@3", run.reference),
+        ("dataset:rates@2", run.reference),
+        (run.reference, kept.reference),
+        (run.reference, f"model:{plain.model_id}@1"),
+    } <= edges
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError("x"), "failed"), (KeyboardInterrupt(), "interrupted"), (SystemExit(3), "failed"), (SystemExit(0), "finished")])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("x"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(3), "failed"),
+        (SystemExit(0), "finished"),
+    ],
+)
 def test_exceptions_go_on_and_leave_their_mark(tracker, error, status):
     with pytest.raises(type(error)) as caught, tracker.track("fails") as run:
         raise error
@@ -131,7 +165,11 @@ def test_in_a_pipeline_step_the_run_nests_under_the_pipelines_run(tracker, monke
     monkeypatch.setenv("MLWB_STEP", "train")
     with tracker.track("step") as run, tracker.track("deeper") as deeper:
         pass
-    assert (tracker.get(run).parent, tracker.get(run).step, tracker.get(deeper).parent) == (parent.reference, "train", run.reference)
+    assert (tracker.get(run).parent, tracker.get(run).step, tracker.get(deeper).parent) == (
+        parent.reference,
+        "train",
+        run.reference,
+    )
 
 
 def test_many_and_long_parameters(tracker):
@@ -153,7 +191,16 @@ def test_a_parameter_cannot_change(tracker):
     assert tracker.get(run).parameters["C"] == "1"
 
 
-@pytest.mark.parametrize("wrong", [{"data": "dataset:loans"}, {"data": "loans@champion"}, {"data": 3}, {"parameters": {"": 1}}, {"parameters": {"x" * 300: 1}}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data": "dataset:loans"},
+        {"data": "loans@champion"},
+        {"data": 3},
+        {"parameters": {"": 1}},
+        {"parameters": {"x" * 300: 1}},
+    ],
+)
 def test_wrong_calls_are_refused_before_a_run_exists(tracker, wrong):
     before = len(tracker.runs(limit=1000))
     with pytest.raises((TrackingError, ReferenceFormatError)), tracker.track("never", **wrong):
@@ -193,7 +240,9 @@ class Snapshot:
 def test_data_is_named_by_its_reference_wherever_it_is(applications):
     plain = applications.copy()
     plain.attrs.clear()
-    assert data_references([Snapshot(plain), applications, "loans@3", "table:t@1"]) == ["dataset:loans@3"] * 3 + ["table:t@1"]
+    assert data_references([Snapshot(plain), applications, "loans@3", "table:t@1"]) == ["dataset:loans@3"] * 3 + [
+        "table:t@1"
+    ]
     assert data_references(plain) == data_references(plain.copy()) != data_references(plain.assign(income=0))
     assert data_references(pd.DataFrame({"a": [[1], {"b": 2}]}))[0].startswith("frame:2x1:")
     assert data_references(None) == data_references([]) == []
@@ -205,24 +254,43 @@ def test_sensitive_columns_are_found_and_never_reach_the_model(tracker, applicat
     features = ["income", "debt"]
     model = LogisticRegression().fit(train[features], train.approve)
     X = test if how == "name in X" else test[features]
-    given = {"name in data": "race", "name in X": "race", "series": test.race.sample(frac=1, random_state=2), "whole series": applications.race, "array": test.race.to_numpy(), "frame": test[["race"]], "list": ["race"]}[how]
+    given = {
+        "name in data": "race",
+        "name in X": "race",
+        "series": test.race.sample(frac=1, random_state=2),
+        "whole series": applications.race,
+        "array": test.race.to_numpy(),
+        "frame": test[["race"]],
+        "list": ["race"],
+    }[how]
     with tracker.track(how, data=Snapshot(applications)) as run:
         evaluation = run.evaluate(model, X, test.approve, sensitive=given, resamples=200, seed=3)
-    direct = check_fairness(test.approve, model.predict(test[features]), {"race" if how != "array" else "sensitive": test.race.to_numpy()}, seed=3, resamples=200)
+    direct = check_fairness(
+        test.approve,
+        model.predict(test[features]),
+        {"race" if how != "array" else "sensitive": test.race.to_numpy()},
+        seed=3,
+        resamples=200,
+    )
     assert evaluation.fairness.to_dict() == direct.to_dict()
     found = tracker.get(run)
     assert found.tags["fairness"] == direct.verdict and {"roc_auc", "roc_auc_low", "roc_auc_high"} <= set(found.metrics)
     tracked = run.models[0]
     assert list(tracked.inputs) == features
     files = Path(mlflow.artifacts.download_artifacts(artifact_uri=tracked.uri))
-    assert folder_digest(files) == tracked.digest and not any(b"race" in p.read_bytes() for p in files.rglob("*") if p.is_file())
+    assert folder_digest(files) == tracked.digest and not any(
+        b"race" in p.read_bytes() for p in files.rglob("*") if p.is_file()
+    )
     papers = reference_profile(tracked)
     assert papers.rows == 900 and list(papers.columns) == features
     loaded = tracker.load_model(run)
     assert (loaded.predict(test[features]) == model.predict(test[features])).all()
     assert {"evaluation/evaluation.json", "evaluation/fairness.html"} <= set(found.artifacts)
     stored = json.loads(found.read("evaluation/evaluation.json"))
-    assert stored["fairness"]["verdict"] == direct.verdict and stored["metrics"]["roc_auc"]["value"] == found.metrics["roc_auc"]
+    assert (
+        stored["fairness"]["verdict"] == direct.verdict
+        and stored["metrics"]["roc_auc"]["value"] == found.metrics["roc_auc"]
+    )
 
 
 def test_a_snapshot_of_the_data_floor_is_recognised_and_its_columns_are_found(tracker, applications):
@@ -238,9 +306,14 @@ def test_a_snapshot_of_the_data_floor_is_recognised_and_its_columns_are_found(tr
     for data in (snapshot, loaded):
         with tracker.track("from a snapshot", data=data) as run:
             evaluation = run.evaluate(model, X[900:], loaded.approve[900:], sensitive="race", resamples=100)
-        assert tracker.get(run).data == (str(snapshot.reference),) and {s.group for s in evaluation.segments} == {"black", "white"}
+        assert tracker.get(run).data == (str(snapshot.reference),) and {s.group for s in evaluation.segments} == {
+            "black",
+            "white",
+        }
         assert run.models[0].profiled
-        assert (str(snapshot.reference), run.reference) in {(e.input, e.output) for e in tracker.workspace.lineage.edges()}
+        assert (str(snapshot.reference), run.reference) in {
+            (e.input, e.output) for e in tracker.workspace.lineage.edges()
+        }
 
 
 def test_a_reset_index_is_refused_rather_than_silently_wrong(applications):
@@ -292,10 +365,19 @@ def test_cost_is_logged_where_the_settings_name_a_price(monkeypatch):
     with tracker.track("dear") as run:
         sum(range(3_000_000))
     metrics = tracker.get(run).metrics
-    assert metrics["usage/cost"] == pytest.approx(metrics["usage/cpu_seconds"] * 36 / 3600) and metrics["usage/cost"] > 0
+    assert (
+        metrics["usage/cost"] == pytest.approx(metrics["usage/cpu_seconds"] * 36 / 3600) and metrics["usage/cost"] > 0
+    )
 
 
-SECRETS = {"known": "correct-horse/battery", "url": "sw0rdfish99", "param": "hunter2hunter2", "message": "tr0ub4dor&3", "env": "blue-elephant-77", "token": "ghp_" + "q7W2e9" * 6}
+SECRETS = {
+    "known": "correct-horse/battery",
+    "url": "sw0rdfish99",
+    "param": "hunter2hunter2",
+    "message": "tr0ub4dor&3",
+    "env": "blue-elephant-77",
+    "token": "ghp_" + "q7W2e9" * 6,
+}
 
 
 def test_secrets_planted_everywhere_are_nowhere_in_the_store(monkeypatch, tmp_path):
@@ -303,7 +385,11 @@ def test_secrets_planted_everywhere_are_nowhere_in_the_store(monkeypatch, tmp_pa
 
     monkeypatch.setenv("MLWB_SECRET_WAREHOUSE", SECRETS["known"])
     monkeypatch.setenv("SERVICE_PASSWORD", SECRETS["env"])
-    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "-qm", "x", "--allow-empty"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "-qm", "x", "--allow-empty"],
+    ):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     (tmp_path / "load.py").write_text("a = 1\n")
     subprocess.run(["git", "add", "load.py"], cwd=tmp_path, check=True)
@@ -311,7 +397,15 @@ def test_secrets_planted_everywhere_are_nowhere_in_the_store(monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     workspace = Workspace.temporary("vault")
     tracker = Tracker(workspace)
-    with pytest.raises(ConnectionError), tracker.track(f"load {SECRETS['token']}", parameters={"db": {"password": SECRETS["param"], "note": SECRETS["known"]}}, tags={"auth_token": SECRETS["token"]}, description=f"with {SECRETS['env']}") as run:
+    with (
+        pytest.raises(ConnectionError),
+        tracker.track(
+            f"load {SECRETS['token']}",
+            parameters={"db": {"password": SECRETS["param"], "note": SECRETS["known"]}},
+            tags={"auth_token": SECRETS["token"]},
+            description=f"with {SECRETS['env']}",
+        ) as run,
+    ):
         run.log_text(f"password = '{SECRETS['message']}'", "notes.txt")
         run.log_tags(where=f"mysql://ana:{SECRETS['url']}@h/d")
         mlflow.log_params({"api_key": SECRETS["param"], "long": "x" * 7000 + SECRETS["known"]})
@@ -320,7 +414,9 @@ def test_secrets_planted_everywhere_are_nowhere_in_the_store(monkeypatch, tmp_pa
         mlflow.log_input(mlflow.data.from_numpy(np.ones(3), source=f"https://ana:{SECRETS['url']}@h/x.npy"))
         with mlflow.start_run(nested=True, run_name=SECRETS["env"], tags={"k": SECRETS["token"]}):
             mlflow.log_param("secret", SECRETS["param"])
-        raise ConnectionError(f"cannot reach mysql://ana:{SECRETS['url']}@h/d, password={SECRETS['message']}, {SECRETS['env']}")
+        raise ConnectionError(
+            f"cannot reach mysql://ana:{SECRETS['url']}@h/d, password={SECRETS['message']}, {SECRETS['env']}"
+        )
     workspace.close()
     files = [p for p in workspace.path().rglob("*") if p.is_file()]
     assert len(files) > 5 and any(b"redacted" in p.read_bytes() for p in files)
@@ -330,7 +426,16 @@ def test_secrets_planted_everywhere_are_nowhere_in_the_store(monkeypatch, tmp_pa
     assert "+engine = 'mysql://ana:«redacted:url-password»@h/d'" in tracker.get(run).read("changes.diff")
 
 
-@given(st.dictionaries(st.text(max_size=8), st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3)), max_size=5))
+@given(
+    st.dictionaries(
+        st.text(max_size=8),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+            lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3),
+        ),
+        max_size=5,
+    )
+)
 @settings(max_examples=150)
 def test_any_parameters_are_logged_or_refused_with_a_reason(parameters):
     from mlops_workbench.tracking.entries import flat_parameters, json_text, parameter_text

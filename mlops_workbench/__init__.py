@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['Workbench', 'init', 'WorkbenchError', 'output', 'secret', 'infer_contract', 'validate', 'profile', 'detect_drift',
-           'drift_report', 'evaluate', 'compare_models', 'check_fairness', 'load_ipython_extension']
+           'drift_report', 'evaluate', 'compare_models', 'check_fairness', 'load_ipython_extension',
+           'unload_ipython_extension']
 
-# %% ../nbs/api/index.ipynb #e59ef62f
+# %% ../nbs/api/index.ipynb #38345f87
 if TYPE_CHECKING:
     from mlops_workbench.data.inference import infer_contract
     from mlops_workbench.data.validation import validate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mlops_workbench.evaluation.fairness import check_fairness
     from mlops_workbench.pipelines.outputs import output
     from mlops_workbench.tracking.sessions import load_ipython_extension
+    from mlops_workbench.tracking.sessions import unload_ipython_extension
     from mlops_workbench.workbench import Workbench
     from mlops_workbench.workspace.folders import init
     from mlops_workbench.workspace.secrets import secret
@@ -45,9 +47,10 @@ _all_ = [
     "compare_models",
     "check_fairness",
     "load_ipython_extension",
+    "unload_ipython_extension",
 ]
 
-# %% ../nbs/api/index.ipynb #c4152721
+# %% ../nbs/api/index.ipynb #484df37e
 _HOMES = {
     "Workbench": "workbench",
     "init": "workspace.folders",
@@ -63,6 +66,7 @@ _HOMES = {
     "compare_models": "evaluation.comparisons",
     "check_fairness": "evaluation.fairness",
     "load_ipython_extension": "tracking.sessions",
+    "unload_ipython_extension": "tracking.sessions",
 }
 
 # %% ../nbs/api/index.ipynb #4da091a6

@@ -25,7 +25,7 @@ from ..errors import DefinitionError, StepError, did_you_mean
 __all__ = ['HIDDEN_VARIABLES', 'KernelSpec', 'kernel_environment', 'check_kernel', 'Kernel', 'Kernels', 'ColdKernel',
            'ColdKernels', 'death_certificate']
 
-# %% ../../nbs/api/pipelines/kernels.ipynb #9e182cb9
+# %% ../../nbs/api/pipelines/kernels.ipynb #f67e6d9f
 @dataclass(frozen=True)
 class KernelSpec:
     "What kind of kernel to start, and where."
@@ -46,12 +46,15 @@ def kernel_environment(
 ) -> dict[str, str]:
     "All environment variables of the kernel process."
     env = {k: v for k, v in os.environ.items() if k not in HIDDEN_VARIABLES}
+    env.setdefault(
+        "PLOTLY_RENDERER", "plotly_mimetype"
+    )  # the figure alone: the other default adds 4 MB of script to each notebook
     env.update(spec.env)
     if spec.workspace is not None:
         env["MLWB_WORKSPACE"] = str(spec.workspace)
     return env
 
-# %% ../../nbs/api/pipelines/kernels.ipynb #d41b3dea
+# %% ../../nbs/api/pipelines/kernels.ipynb #ab4b132b
 def check_kernel(
     name: str,  # as written in pipeline.yml
     where: str = "",  # for the message
@@ -178,7 +181,7 @@ def _kill_the_living() -> None:
         kernel.kill()
         _tidy(kernel.manager, kernel._sockets)
 
-# %% ../../nbs/api/pipelines/kernels.ipynb #4ce41fab
+# %% ../../nbs/api/pipelines/kernels.ipynb #0cfa2887
 class ColdKernels:
     "Starts an ordinary ipykernel for each step."
 
@@ -223,7 +226,7 @@ def _own_python() -> Any:
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     return JupyterSpec(argv=argv, display_name="Python of the workbench", language="python")
 
-# %% ../../nbs/api/pipelines/kernels.ipynb #e2ab8cd6
+# %% ../../nbs/api/pipelines/kernels.ipynb #fa477157
 def death_certificate(
     exit_code: int | None,  # of the process; None where it is not known
 ) -> str:  # for a message

@@ -24,10 +24,10 @@ from .errors import ParameterError, WorkbenchError
 __all__ = ['app', 'console', 'complaints', 'data', 'pipelines', 'audit', 'role', 'identity', 'secret', 'State', 'options',
            'workbench', 'show', 'is_frame', 'plain', 'main', 'init', 'doctor', 'backup', 'restore', 'save', 'load',
            'data_list', 'data_versions', 'data_show', 'data_diff', 'data_tag', 'data_validate', 'data_contract',
-           'data_erase', 'parse_parameters', 'progress', 'run', 'lineage', 'pipelines_list', 'pipelines_show',
-           'pipelines_runs', 'runs', 'audit_verify', 'audit_log', 'audit_anchor', 'audit_export', 'audit_redact',
-           'role_list', 'role_grant', 'identity_show', 'identity_create', 'identity_enrol', 'secret_set', 'secret_list',
-           'demo']
+           'data_erase', 'data_collect', 'parse_parameters', 'progress', 'run', 'lineage', 'pipelines_list',
+           'pipelines_show', 'pipelines_runs', 'runs', 'audit_verify', 'audit_log', 'audit_anchor', 'audit_export',
+           'audit_redact', 'role_list', 'role_grant', 'identity_show', 'identity_create', 'identity_enrol',
+           'secret_set', 'secret_list', 'demo']
 
 # %% ../nbs/api/cli.ipynb #fb4188c9
 class State:
@@ -118,7 +118,7 @@ def main(
         complaints.print("interrupted; everything finished so far is kept", style="yellow")
         raise SystemExit(130) from None
 
-# %% ../nbs/api/cli.ipynb #fa047435
+# %% ../nbs/api/cli.ipynb #d62c3b33
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="the folder to make a workspace of")] = Path("."),
@@ -148,11 +148,12 @@ def doctor() -> None:
 @app.command()
 def backup(target: Annotated[Path, typer.Argument(help="a folder that does not exist yet")]) -> None:
     "Copy all stores of the workspace, consistent and checked."
-    from mlops_workbench.workspace.backups import backup
+    from mlops_workbench.workspace.backups import backup, check_backup
 
     workspace = workbench().workspace
     workspace.authorise("workspace.backup", "workspace:this")
-    show(backup(workspace.stores, target, workspace.clock))
+    backup(workspace.stores, target, workspace.clock)
+    show(check_backup(target))  # read back, every byte
 
 
 @app.command()
@@ -163,7 +164,7 @@ def restore(source: Annotated[Path, typer.Argument(help="a folder that `mlwb bac
 
     show(restore_folder(source, find_workspace(State.workspace) / ".workbench"))
 
-# %% ../nbs/api/cli.ipynb #96bba9af
+# %% ../nbs/api/cli.ipynb #fb391909
 data = typer.Typer(no_args_is_help=True, help="Datasets: versions, differences, contracts, erasure.")
 app.add_typer(data, name="data")
 
@@ -260,6 +261,12 @@ def data_erase(
     "Erase subjects from every version of a dataset. It can't be undone."
     yes or typer.confirm(f"Erase {len(values)} subject(s) from every version of {name}?", abort=True)
     show(workbench().data.erase(name, column, values))
+
+
+@data.command("collect")
+def data_collect() -> None:
+    "Free the space of parts that no version and no reader needs; finish erasures that were cut short."
+    show(workbench().data.collect())
 
 # %% ../nbs/api/cli.ipynb #af23e0b5
 pipelines = typer.Typer(no_args_is_help=True, help="Pipelines of notebooks.")

@@ -25,7 +25,8 @@ from .clock import Clock, SystemClock, new_ulid
 from .secrets import config_home, write_private
 
 # %% auto #0
-__all__ = ['current_actor', 'ask_passphrase', 'SigningKey', 'create_key', 'unlock_key', 'signature_holds']
+__all__ = ['SHARED_SERVER', 'current_actor', 'ask_passphrase', 'SigningKey', 'check_may_sign', 'create_key', 'unlock_key',
+           'signature_holds']
 
 # %% ../../nbs/api/workspace/identity.ipynb #8d0e9475
 def current_actor(
@@ -70,7 +71,7 @@ def ask_passphrase(
         raise IdentityError("the two passphrases differ", fix="try again")
     return passphrase
 
-# %% ../../nbs/api/workspace/identity.ipynb #8f221b68
+# %% ../../nbs/api/workspace/identity.ipynb #492fda84
 @dataclass(frozen=True)
 class SigningKey:
     "An actor's unlocked key."
@@ -94,11 +95,28 @@ class SigningKey:
         return f"SigningKey(actor={self.actor!r}, public={self.public[:16]!r}…)"
 
 
+SHARED_SERVER = ("JUPYTERHUB_USER", "JUPYTERHUB_API_URL", "VOILA_REQUEST_URL", "MLWB_SHARED_SERVER")
+
+
+def check_may_sign(
+    environ: Mapping[str, str] | None = None,  # the process environment by default
+) -> None:
+    "Raise `IdentityError` inside a pipeline step or on a shared server, where others can reach the process."
+    env = os.environ if environ is None else environ
+    if env.get("MLWB_STEP"):
+        fix = "sign from a terminal: a person, not a notebook run, gives an approval"
+        raise IdentityError("a pipeline step cannot sign", fix=fix)
+    if found := next((name for name in SHARED_SERVER if env.get(name)), None):
+        fix = "run the command in a terminal of your own machine, with your own config folder"
+        raise IdentityError("a shared server cannot sign: others can reach this process", where=found, fix=fix)
+
+
 def create_key(
     passphrase: str,  # at least 8 characters
     home: Path | None = None,  # the config folder; the user's by default
 ) -> SigningKey:
-    "Make this actor's key. Raises `IdentityError` where there is one: a lost key must be revoked, not overwritten."
+    "Make this actor's key. Raises `IdentityError` where there is one: a lost key must be revoked by an administrator, not overwritten."
+    check_may_sign()
     path = (home or config_home()) / "key.pem"
     if len(passphrase) < 8:
         raise IdentityError(
@@ -115,7 +133,7 @@ def create_key(
         ) from None
     return SigningKey(current_actor(home), private)
 
-# %% ../../nbs/api/workspace/identity.ipynb #0d4e6fef
+# %% ../../nbs/api/workspace/identity.ipynb #62a1e743
 def unlock_key(
     passphrase: str,  # as given when the key was made
     home: Path | None = None,  # the config folder; the user's by default
@@ -123,10 +141,7 @@ def unlock_key(
 ) -> SigningKey:
     "This actor's key. Raises `IdentityError`: no key, wrong passphrase, or inside a pipeline step."
     path = (home or config_home()) / "key.pem"
-    if (os.environ if environ is None else environ).get("MLWB_STEP"):
-        raise IdentityError(
-            "a pipeline step cannot sign", fix="sign from a terminal: a person, not a notebook run, gives an approval"
-        )
+    check_may_sign(environ)
     try:
         private = serialization.load_pem_private_key(path.read_bytes(), passphrase.encode())
     except FileNotFoundError:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mlops_workbench.errors import StatisticsError
-from mlops_workbench.evaluation.disparities import DISPARITIES, draw_rates, group_cells, group_rates
+from mlops_workbench.evaluation.disparities import DISPARITIES, chance_within, draw_rates, group_cells, group_rates
 from mlops_workbench.evaluation.fairness import check_fairness
 
 pytestmark = pytest.mark.fast
@@ -169,3 +169,52 @@ def test_bad_input_is_refused_with_what_where_and_fix(
     with pytest.raises(StatisticsError) as caught:
         check_fairness(truth, said, group, **options)
     assert says in caught.value.what and caught.value.where and caught.value.fix
+
+
+def _crossed_world(seed: int, gap: float) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    "Two attributes of four groups, 1,500 rows; in group a of the first, selection is lower by the gap."
+    rng = np.random.default_rng(seed)
+    people = {name: rng.choice(list("abcd"), 1500) for name in ("origin", "region")}
+    truth = rng.integers(0, 2, 1500)
+    said = (rng.random(1500) < np.where(truth == 1, 0.8, 0.45) - gap * (people["origin"] == "a")).astype(int)
+    return truth, said, people
+
+
+def test_fair_worlds_with_many_groups_fail_no_oftener_than_the_level_allows() -> None:
+    worlds, fails, alone = 40, 0, 0
+    for seed in range(worlds):
+        check = check_fairness(*_crossed_world(seed, gap=0.0), resamples=200)
+        fails += check.verdict == "fail"
+        alone += any("alone is beyond the limit" in g.reason for r in check.results for g in r.groups)
+    assert stats.binom.sf(fails - 1, worlds, 0.05) > 0.01, fails
+    assert alone > 8, "the worlds must tempt: single intervals are often beyond the limit"
+
+
+def test_an_unfair_world_still_fails_among_many_comparisons() -> None:
+    checks = [check_fairness(*_crossed_world(seed, gap=0.3), resamples=300) for seed in range(10)]
+    assert sum(c.verdict == "fail" for c in checks) >= 9
+    assert all(c.comparisons > 200 for c in checks)
+    assert all(r.comparisons == c.comparisons for c in checks for r in c.results)
+    assert all("comparisons at once" in c.notes[-1] for c in checks)
+
+
+def test_comparisons_count_each_interval_once_and_leave_small_groups_out() -> None:
+    group = np.array(["a"] * 200 + ["b"] * 200 + ["c"] * 200 + ["few"] * 10)
+    said = np.arange(610) % 2
+    one = check_fairness(said, said, group, measures=["demographic_parity_ratio"])
+    assert one.comparisons == 3
+    same = ["equal_opportunity_difference", "equalized_odds_difference"]  # both use the true positive rate's intervals
+    assert check_fairness(said, said, group, measures=same).comparisons == 6
+    two = check_fairness(said[:400], said[:400], group[:400], measures=["demographic_parity_ratio"])
+    assert two.comparisons == 1 and not two.notes
+
+
+@pytest.mark.parametrize("name", ["demographic_parity_ratio", "demographic_parity_difference"])
+@pytest.mark.parametrize(("group", "reference"), [((12, 40), (30, 50)), ((0, 30), (20, 200)), ((50, 100), (900, 1500))])
+def test_chance_within_equals_a_simulation(name: str, group: tuple[int, int], reference: tuple[int, int]) -> None:
+    measure, rng = DISPARITIES[name], np.random.default_rng(0)
+    low = rng.beta(group[0] + 1, group[1] - group[0], 400_000)
+    high = rng.beta(reference[0], reference[1] - reference[0] + 1, 400_000)
+    within = low >= measure.limit * high if measure.ratio else high - low <= measure.limit
+    assert chance_within(measure, group, reference, measure.limit) == pytest.approx(within.mean(), abs=0.004)
+    assert chance_within(measure, (5, 5), reference, measure.limit) == 1 == chance_within(measure, group, (0, 9), 0.8)

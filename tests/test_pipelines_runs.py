@@ -192,6 +192,7 @@ def test_a_step_works_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest
     home.mkdir()
     monkeypatch.chdir(home)
     monkeypatch.setenv("MLWB_PASSPHRASE_FILE", "/nowhere")
+    monkeypatch.delenv("MLWB_REQUIRE_SERVICES", raising=False)  # continuous integration sets it
     write_notebook(
         home / "a {x}.ipynb",
         "import os, helper\nfrom pathlib import Path\nfrom mlops_workbench import output",
@@ -464,6 +465,32 @@ def test_a_failure_and_the_rerun(workspace: Workspace) -> None:
     )
     assert door(workspace).run("credit").ok
     assert list(door(workspace).runs()["status"]) == ["succeeded", "failed"]
+
+
+def test_no_secret_is_kept(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Printed, shown, in a traceback, in what is handed on, in the kernel's log, in a source: no byte of it stays."""
+    value = "quite-Harmless_looking7"
+    monkeypatch.setenv("MLWB_SECRET_DB", value)
+    read = "import os, sys\nopened = os.environ['MLWB_SECRET_DB']\n"
+    leaks = "print(opened)\nprint(opened, file=sys.stderr)\n{'dsn': opened}\n"
+    log = "os.write(sys.__stderr__.fileno(), (opened + os.linesep).encode())\nos.system('echo $MLWB_SECRET_DB')\n"
+    written = f"# try {value}\noutput('opened', {{'with': opened}})\nopened"
+    make_pipeline(workspace, "credit", first=read + leaks + log + written)
+    make_pipeline(workspace, "failing", second=read + "raise ValueError(f'cannot connect with {opened} today')")
+    run, failed = door(workspace).run("credit"), door(workspace).run("failing")
+    assert run.ok and run.outputs["first"]["opened"] == {"with": value}, "the next step gets what was handed on"
+    assert failed["second"].failure is not None and value not in str(failed["second"].failure)
+    with pytest.raises(StepError) as caught:
+        failed.raise_for_failure()
+    assert "cannot connect with «redacted:DB» today" in caught.value.what
+
+    for outcome in (run["first"], failed["second"]):
+        assert outcome.notebook is not None and "«redacted:DB»" in outcome.notebook.read_text("utf-8")
+        nbformat.validate(nbformat.read(outcome.notebook, 4))
+        assert "redacted:DB" in (outcome.notebook.parent / "outputs.json").read_text()
+    files = [f for f in workspace.path().rglob("*") if f.is_file()]
+    assert len([f for f in files if f.name == "notebook.ipynb"]) == 4
+    assert [f for f in files if value.encode() in f.read_bytes()] == []
 
 
 def test_a_tracked_run_inside_a_step_is_nested(workspace: Workspace) -> None:

@@ -31,7 +31,7 @@ from ..workspace.references import parse_reference
 # %% auto #0
 __all__ = ['told_output', 'told_outcome', 'portable', 'local_folder', 'lineage_edges', 'RunRecorder']
 
-# %% ../../nbs/api/pipelines/recording.ipynb #4aad65ae
+# %% ../../nbs/api/pipelines/recording.ipynb #85d79174
 def told_output(
     output: Output,  # that a step handed on
 ) -> dict[str, Any]:  # for the body of an event
@@ -81,7 +81,7 @@ def local_folder(
         return None
     return Path(url2pathname(parts.path)) if parts.scheme else Path(uri)
 
-# %% ../../nbs/api/pipelines/recording.ipynb #6f68972a
+# %% ../../nbs/api/pipelines/recording.ipynb #77c5fc3e
 def lineage_edges(
     outcome: StepOutcome,  # of a step that is over
 ) -> dict[str, list[str]]:  # name of an output -> references it was made from
@@ -94,7 +94,7 @@ def lineage_edges(
     }
     return {n: inputs for n, o in made.items() if inputs and o.value not in inputs}
 
-# %% ../../nbs/api/pipelines/recording.ipynb #2a19ac75
+# %% ../../nbs/api/pipelines/recording.ipynb #b771558a
 class _StorageGuard:
     "What MLflow and the disk raise, as a `StorageError`."
 
@@ -113,7 +113,7 @@ class _StorageGuard:
                 fix="check free space and permissions, and run mlwb doctor",
             ) from error
 
-# %% ../../nbs/api/pipelines/recording.ipynb #efc07909
+# %% ../../nbs/api/pipelines/recording.ipynb #60f64570
 class RunRecorder:
     "Writes down one run of a pipeline."
 
@@ -154,7 +154,7 @@ class RunRecorder:
             )
             shown = workspace_redactor().value(dict(values))
             client.log_batch(self.run_id, params=[Param(k, str(v)[:6000]) for k, v in shown.items()])
-            client.log_dict(self.run_id, pipeline.to_dict(), "pipeline.json")
+            client.log_dict(self.run_id, workspace_redactor().value(pipeline.to_dict()), "pipeline.json")
             self.folder.mkdir(parents=True)
         self.values = values
         needs = {name: list(pipeline.needs[name]) for name in pipeline.needs}

@@ -120,6 +120,27 @@ def test_both_directions_and_shared_names(lineage: Lineage) -> None:
             call()
 
 
+def test_a_thing_without_lineage_stands_alone(lineage: Lineage) -> None:
+    """Saved from a frame: there is nothing behind it, but it exists."""
+    first = lineage.events.append("dataset.saved", "dataset:a@1", {}, actor="ann")
+    lineage.events.append("dataset.tagged", "dataset:a@1", {"tag": "golden"}, actor="ann")
+    lineage.events.append("dataset.saved", "dataset:a@2", {}, actor="ann")
+    for near in ("dataset:A@1", "dataset:ab@1", "dataset:a-b@1", "table:a"):
+        lineage.events.append("dataset.saved", near, {}, actor="ann")
+    for direction in ("both", "up", "down"):
+        assert lineage.graph("dataset:a@1", direction).nodes == ("dataset:a@1",)
+    graph = lineage.graph("dataset:a")
+    assert graph.nodes == ("dataset:a@1", "dataset:a@2") and graph.edges == ()
+    assert graph.to_frame().empty and "0 edges" in str(graph) and len(graph.figure().data) == 1
+    assert lineage.graph("dataset:a", at=first.recorded_at).nodes == ("dataset:a@1",)
+    for unknown, at in [("dataset:a@3", None), ("dataset:zzz", None), ("dataset:a@2", first.recorded_at), ("dataset:a@1", "2020-01-01")]:  # fmt: skip
+        with pytest.raises(UnknownReferenceError):
+            lineage.graph(unknown, at=at)
+    lineage.record("model:m@1", ["dataset:a@2"], actor="ann")
+    assert lineage.graph("dataset:a@1").nodes == ("dataset:a@1",)
+    assert lineage.graph("dataset:a@2").nodes == ("dataset:a@2", "model:m@1")
+
+
 @pytest.mark.fast
 def test_text_in_a_graph_is_escaped() -> None:
     """Roles are free text: they must not become markup."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Workbench']
 
-# %% ../nbs/api/workbench.ipynb #49f704c6
+# %% ../nbs/api/workbench.ipynb #db9b7732
 class Workbench:
     "The nearest workspace with the verbs of the lifecycle. Plain MLflow calls land in it too."
 
@@ -64,7 +64,7 @@ class Workbench:
         "Runs and models."
         from mlops_workbench.tracking.runs import Tracker
 
-        return Tracker(self.workspace)
+        return Tracker(self.workspace, check_data=self.data.resolve)
 
     @cached_property
     def pipelines(self) -> Pipelines:

@@ -187,3 +187,82 @@ def test_help_does_not_wait_for_pandas() -> None:
     code = "import sys, mlops_workbench.cli; print(sorted({'pandas', 'mlflow', 'sklearn', 'pyarrow', 'plotly'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.process
+def test_data_and_messages_are_never_read_as_markup(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(
+        "[/b],note,approve\n" + "".join(f"[red]{i},[/bold] hi,{i % 2}\n" for i in range(20))
+    )
+    shell("save", "markup", str(tmp_path / "m.csv"))
+    assert "[/bold] hi" in shell("load", "markup") and "[/b]" in shell("load", "markup")
+    pipeline(
+        shell.root,
+        "loud",
+        "description: '[/x] test'\nsteps:\n  a: {notebook: a.ipynb, description: '[/y]'}\n",
+        {"a.ipynb": ["# parameters", "raise ValueError('[/bold] no')"]},
+    )
+    assert "loud" in shell("pipelines", "list")
+    assert "[/bold] no" in shell("run", "loud", status=1)
+
+
+@pytest.mark.process
+def test_output_that_cannot_be_written(shell: Shell, tmp_path: Path) -> None:
+    assert "cannot be written" in shell("load", "loans", "--to", str(tmp_path / "nodir/x.csv"), status=1)
+    (tmp_path / "folder.csv").mkdir()
+    assert "cannot be written" in shell("load", "loans", "--to", str(tmp_path / "folder.csv"), status=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.csv"], "nothing half-written"
+    shell("load", "loans@1", "--to", str(tmp_path / "x.csv"))
+    assert (tmp_path / "x.csv").read_text() == (shell.folder / "loans.csv").read_text()
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*MLWB, "data", "list"],
+                cwd=shell.root,
+                env=shell.env,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+            )
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "No space left" in done.stderr
+
+
+@pytest.mark.process
+def test_pipes_get_plain_lines_and_programs_get_json(shell: Shell) -> None:
+    lines = shell("data", "versions", "loans").splitlines()
+    assert lines[0].split("\t")[:2] == ["reference", "rows"] and lines[1].split("\t")[0] == "dataset:loans@1"
+    events = json.loads(shell("--json", "audit", "log", "--kind", "dataset.saved", "--limit", "1"))
+    assert isinstance(events[0]["body"], dict)
+    assert "not a moment" in shell("audit", "log", "--since", "yesterday", status=1)
+
+
+@pytest.mark.process
+def test_a_narrow_terminal_shows_whole_references(shell: Shell) -> None:
+    code = "from rich.console import Console; import mlops_workbench.cli as c; c.console = Console(force_terminal=True, width=80, color_system=None); c.main()"
+    for words in (["data", "list"], ["tracking", "runs"], ["audit", "log"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            cwd=shell.root,
+            env=shell.env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert words[0] == "tracking" or "dataset:loans@" in done.stdout
+        assert max(map(len, done.stdout.splitlines()), default=0) <= 80
+
+
+@pytest.mark.process
+def test_saving_what_breaks_the_contract_warns(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "odd.csv").write_text("amount;approve\n" + "".join(f"{-9000 - i};{i % 2}\n" for i in range(40)))
+    done = subprocess.run(
+        [*MLWB, "save", "loans", str(tmp_path / "odd.csv"), "--sep", ";"],
+        cwd=shell.root,
+        env=shell.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and "breaks contract:loans@" in done.stderr and "breaks its contract" in done.stdout

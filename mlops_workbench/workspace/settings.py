@@ -20,7 +20,7 @@ from ..errors import SettingsError, WorkspaceError, did_you_mean
 __all__ = ['SCHEMA', 'FILE', 'SECRET', 'PREFIX', 'Section', 'WorkbenchSection', 'StorageSection', 'AccessSection', 'CostSection',
            'Settings', 'load_settings', 'is_workspace', 'find_workspace', 'settings_text']
 
-# %% ../../nbs/api/workspace/settings.ipynb #90195ee1
+# %% ../../nbs/api/workspace/settings.ipynb #98040877
 SCHEMA = 1  # the version of the settings file
 FILE = "settings.ini"
 SECRET = re.compile(r"secret:[A-Za-z_][A-Za-z0-9_]*")
@@ -101,7 +101,7 @@ class Settings(Section):
         "Sections and keys with plain values."
         return self.model_dump(mode="json", by_alias=True)
 
-# %% ../../nbs/api/workspace/settings.ipynb #def2374b
+# %% ../../nbs/api/workspace/settings.ipynb #904a3bd0
 def _parser() -> configparser.ConfigParser:
     return configparser.ConfigParser(
         interpolation=None, default_section="\0none", inline_comment_prefixes=None, strict=True
@@ -121,7 +121,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
         ) from e
     return {section: dict(parser[section]) for section in parser.sections()}
 
-# %% ../../nbs/api/workspace/settings.ipynb #0c1d930a
+# %% ../../nbs/api/workspace/settings.ipynb #dd508ced
 PREFIX = "MLWB__"
 
 
@@ -172,7 +172,7 @@ def _bad_value(section: str, key: str, where: str, problem: Any) -> SettingsErro
 def _section(name: str) -> type[Section]:
     return Settings.model_fields[name].annotation  # type: ignore[return-value]
 
-# %% ../../nbs/api/workspace/settings.ipynb #b2c80acf
+# %% ../../nbs/api/workspace/settings.ipynb #1e4ed57b
 def is_workspace(
     folder: Path,  # any folder
 ) -> bool:
@@ -200,6 +200,11 @@ def find_workspace(
     for candidate in [folder] if named else [folder, *folder.parents]:
         if is_workspace(candidate):
             return candidate
+        if (candidate / ".workbench/layout.json").exists():
+            fix = "restore settings.ini from version control, or write [workbench] and schema = 1 into it"
+            raise WorkspaceError(
+                "this was a workspace, but its settings.ini is missing or damaged", where=str(candidate / FILE), fix=fix
+            )
     place = f"MLWB_WORKSPACE={named}" if named else str(folder)
     raise WorkspaceError(
         "no workspace here",

@@ -27,7 +27,7 @@ STEPS = [p for p in ALL if (ROOT / "nbs" / "pipelines") in p.parents]
 CELL_LINES, CLASS_LINES = 60, 100  # an exported cell, one that holds a class: more is worth a warning
 CELL_CAP, CLASS_CAP, BODY_LINES = 110, 250, 50  # more than this fails; the last is for the body of one function
 WORDS_PER_LINE = 1.2  # of prose, for each exported line
-PRIVATE_PATHS = sorted({"/root/", "/work/", f"{Path.home()}/", f"{ROOT}/"} - {"//"})
+PRIVATE_PATHS = sorted({"/root/", f"{Path.home()}/", f"{ROOT}/"} - {"//"})
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
